@@ -1,0 +1,245 @@
+"""The parity matrix: which inputs a model is tried on. Plain numpy, and the same cases for the same question every time."""
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from bca_deploy.spec import Axis, DimRange, Dims, Interface, LayerSpec, Precision
+
+Array = NDArray[Any]
+Scope = Literal["quick", "full"]
+Sharpness = Literal["plain", "sharp", "steep"]
+Family = Literal["no mask", "padded", "scattered", "x only", "context only", "dead rows", "opposed", "loud", "bias extremes"]
+
+NUMPY_DTYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+#: Each scope runs at least this many cases.
+LEAST_CASES: dict[Scope, int] = {"quick": 40, "full": 200}
+
+#: The largest |logit| that the query weights are scaled to. Random weights make attention nearly uniform, which hides
+#: everything; ``steep`` tells a mask's fill of -10000 from the true one. In float16 it stays where eager's unscaled product fits.
+LOGIT_TARGETS: dict[Sharpness, dict[Precision, float]] = {
+    "sharp": {"fp32": 30.0, "fp16": 30.0, "bf16": 30.0},
+    "steep": {"fp32": 2e4, "fp16": 5.5e3, "bf16": 2e4},
+}
+
+# Each length pair at its scope's cap; equal lengths are there because swapped masks or an unturned bias fit no others.
+_LENGTHS: dict[Scope, tuple[tuple[int, int], ...]] = {
+    "quick": ((1, 1), (7, 5), (16, 16)),
+    "full": ((1, 1), (1, 9), (7, 5), (33, 33), (96, 130)),
+}
+_OPT_CAP: dict[Scope, int] = {"quick": 64, "full": 256}
+_LONG_CAP: dict[Scope, int] = {"quick": 256, "full": 2048}
+
+#: No case's float64 attention maps, six of them alive at once, take more than this.
+MEMORY_BUDGET_BYTES = 2 * 2**30
+#: Multiply-adds that the whole matrix may take per scope: about 3 s and 30 s on two cores in float32.
+WORK_BUDGET: dict[Scope, float] = {"quick": 4e10, "full": 4e11}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the matrix.
+
+    Attributes:
+        family: what the masks (or the bias) look like.
+        sharpness: how large the logits are.
+        batch: batch size.
+        x_len: length of ``x``.
+        context_len: length of ``context``.
+        seed: of the random numbers.
+    """
+
+    family: Family
+    sharpness: Sharpness
+    batch: int
+    x_len: int
+    context_len: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The case in a few words, unique in its matrix."""
+        return f"{self.family} {self.sharpness} {self.batch}x{self.x_len}x{self.context_len} seed {self.seed}"
+
+
+def families(spec: LayerSpec, interface: Interface) -> list[Family]:
+    """Return the families that this interface can show."""
+    masked = interface.mask or interface.context_mask
+    found: list[Family] = ["no mask"]
+    if masked:
+        found += ["padded", "scattered", "dead rows", "opposed"]
+    if interface.mask and interface.context_mask:
+        found += ["x only", "context only"]
+    if spec.prenorm and spec.depth is None:
+        found.append("loud")
+    if interface.rel_pos_bias != "none":
+        found.append("bias extremes")
+    return found
+
+
+def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope) -> list[Case]:
+    """Return the cases of one scope: families x lengths x sharpness x seeds, within the memory and work budgets.
+
+    Args:
+        spec: the layer; its widths decide how long the long cases may be.
+        interface: decides the families.
+        dims: every case lies inside these ranges.
+        scope: ``quick`` (at least 40 cases) or ``full`` (at least 200).
+    """
+    cases: list[Case] = []
+    for seed in itertools.count():
+        cases += [case for case in _one_seed(spec, interface, dims, scope, seed) if case not in cases]
+        if len(cases) >= LEAST_CASES[scope]:
+            return _within_budget(cases, spec, dims, scope)
+    raise AssertionError  # pragma: no cover  (count() never ends)
+
+
+def _one_seed(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, seed: int) -> Iterator[Case]:
+    for family, (x_len, context_len) in itertools.product(families(spec, interface), _lengths(dims, scope)):
+        batch = _clip(4 if family == "dead rows" else 2, dims.batch)
+        levels: tuple[Sharpness, ...] = ("steep",) if family == "opposed" else ("plain", "sharp")
+        for sharpness in levels:
+            yield Case(family, sharpness, batch, x_len, context_len, seed)
+    if seed == 0:
+        for family in [f for f in families(spec, interface) if f in ("no mask", "padded")]:
+            long = [_clip(_LONG_CAP[scope], dim) for dim in (dims.x_len, dims.context_len)]
+            yield Case(family, "sharp", _clip(1, dims.batch), long[0], long[1], seed)
+
+
+def _lengths(dims: Dims, scope: Scope) -> list[tuple[int, int]]:
+    cap = _OPT_CAP[scope]
+    pairs = [*_LENGTHS[scope], (min(dims.x_len.opt, cap), min(dims.context_len.opt, cap))]
+    return list(dict.fromkeys((_clip(x_len, dims.x_len), _clip(context_len, dims.context_len)) for x_len, context_len in pairs))
+
+
+def _clip(size: int, dim: DimRange) -> int:
+    return min(max(size, dim.min), dim.max)
+
+
+def _within_budget(cases: list[Case], spec: LayerSpec, dims: Dims, scope: Scope) -> list[Case]:
+    """Halve the longest cases until memory and work fit; what the ranges force to be long stays."""
+    share = WORK_BUDGET[scope] / len(cases)
+
+    def shrink(case: Case) -> Case:
+        allowance = share * 12 if case.batch == 1 else share * 3
+        while _memory(case, spec) > MEMORY_BUDGET_BYTES or _work(case, spec) > allowance:
+            smaller = Case(
+                case.family,
+                case.sharpness,
+                case.batch,
+                _clip(case.x_len // 2, dims.x_len),
+                _clip(case.context_len // 2, dims.context_len),
+                case.seed,
+            )
+            if smaller == case:
+                break
+            case = smaller
+        return case
+
+    return list(dict.fromkeys(map(shrink, cases)))
+
+
+def _memory(case: Case, spec: LayerSpec) -> int:
+    return 6 * 8 * case.batch * spec.heads * case.x_len * case.context_len
+
+
+def _work(case: Case, spec: LayerSpec) -> int:
+    tokens = case.x_len * (spec.dim + (spec.ff_hidden or 0)) + case.context_len * (
+        spec.context_dim + (spec.context_ff_hidden or 0)
+    )
+    attention = 4 * spec.inner_dim * case.x_len * case.context_len
+    return case.batch * (3 * spec.inner_dim * tokens + attention) * (spec.depth or 1)
+
+
+def make_inputs(case: Case, spec: LayerSpec, interface: Interface, precision: Precision) -> dict[str, Array]:
+    """Return the case's inputs by name.
+
+    Floats are float32 arrays whose values ``precision`` represents exactly, so that rounding the inputs is no part of
+    the error; masks are bool.
+    """
+    rng = np.random.default_rng([case.seed, zlib.crc32(case.name.encode())])
+    sizes = {"batch": case.batch, "x_len": case.x_len, "context_len": case.context_len}
+    shapes = {name: tuple(_size(axis, sizes) for axis in axes) for name, axes in interface.inputs(spec).items()}
+    masks = {name: _MASKS[case.family](rng, name, shapes[name]) for name in shapes if name.endswith("mask")}
+    floats = {name: rng.standard_normal(shapes[name]) for name in shapes if name not in masks}
+    if case.family == "opposed":
+        floats |= {name: _oppose(floats[name], masks.get(mask)) for name, mask in (("x", "mask"), ("context", "context_mask"))}
+    if case.family == "loud":
+        floats |= {name: floats[name] * 2500 for name in ("x", "context")}
+    if case.family == "bias extremes":
+        floats["rel_pos_bias"] = _extreme(rng, floats["rel_pos_bias"], precision)
+    return {name: round_to(floats[name], precision) if name in floats else masks[name] for name in shapes}
+
+
+def round_to(values: Array, precision: Precision) -> Array:
+    """Round to ``precision`` and return as float32."""
+    with np.errstate(over="ignore"):
+        rounded: Array = values.astype(NUMPY_DTYPES[precision]).astype(np.float32)
+    return rounded
+
+
+def _size(axis: Axis, sizes: dict[str, int]) -> int:
+    return axis if isinstance(axis, int) else sizes[axis]
+
+
+def _all_true(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    return np.ones(shape, dtype=bool)
+
+
+def _padded(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    lengths = rng.integers(1, shape[1] + 1, size=shape[0])
+    return np.arange(shape[1]) < lengths[:, None]
+
+
+def _scattered(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    return rng.random(shape) < 0.6
+
+
+def _only(wanted: str) -> Callable[[np.random.Generator, str, tuple[int, ...]], Array]:
+    return lambda rng, name, shape: (_scattered if name == wanted else _all_true)(rng, name, shape)
+
+
+def _dead_rows(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    """Batch row 0 is dead on x's side, row 1 on context's, row 2 on both, the rest padded."""
+    mask = _padded(rng, name, shape)
+    mask[(0 if name == "mask" else 1) :: 4] = False
+    mask[2::4] = False
+    return mask
+
+
+_MASKS: dict[Family, Callable[[np.random.Generator, str, tuple[int, ...]], Array]] = {
+    "no mask": _all_true,
+    "padded": _padded,
+    "scattered": _scattered,
+    "x only": _only("mask"),
+    "context only": _only("context_mask"),
+    "dead rows": _dead_rows,
+    "opposed": _padded,
+    "loud": _padded,
+    "bias extremes": _padded,
+}
+
+
+def _oppose(tokens: Array, mask: Array | None) -> Array:
+    """Make all live tokens of a batch row equal and all dead ones their opposite.
+
+    Live logits are then one number whatever its rounding, and dead ones its negative: only a wrong fill can show.
+    """
+    first = np.broadcast_to(tokens[:, :1], tokens.shape)
+    return first.copy() if mask is None else np.where(mask[..., None], first, -first)
+
+
+def _extreme(rng: np.random.Generator, bias: Array, precision: Precision) -> Array:
+    """Put -1e9, near-lowest and -inf on some pairs, but never on position 0, which is live: no live row is without a key."""
+    lowest = -6e4 if precision == "fp16" else -3e38
+    penalty = rng.choice([-1e9 if precision != "fp16" else -2e4, lowest, -np.inf], size=bias.shape)
+    hit = rng.random(bias.shape) < 0.3
+    hit[..., 0, :] = hit[..., :, 0] = False
+    return np.where(hit, penalty, bias)

@@ -1,0 +1,276 @@
+"""From a file or a live module to a layer specification and its weights. Heads are never guessed."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bca_deploy.attention import build
+from bca_deploy.errors import CheckpointError, InputError, nearest
+from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
+
+State = dict[str, Tensor]
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
+_TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A layer's specification with its weights in their original dtype, keyed by the seed's parameter names."""
+
+    spec: LayerSpec
+    state: State
+
+    def module(self, dtype: torch.dtype) -> nn.Module:
+        """Return the reference module in eval mode with these weights rounded to ``dtype``."""
+        module = build(self.spec).to(dtype)
+        module.load_state_dict({name: tensor.to(dtype) for name, tensor in self.state.items()})
+        return module.eval()
+
+
+def load(path: Path, heads: int | None = None, prefix: str = "") -> Checkpoint:
+    """Read a trained layer or transformer from a checkpoint file.
+
+    Args:
+        path: ``.pt``, ``.pth`` (tensors only, never pickled code) or ``.safetensors``.
+        heads: required unless the layer has talking heads.
+        prefix: where the layer sits inside a bigger state dict, such as ``encoder.fusion.``.
+
+    Returns:
+        The specification and the layer's own weights.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold exactly this layer.
+        InputError: heads missing, or not a divisor of the inner width.
+    """
+    return from_state(read(path), heads, prefix)
+
+
+def from_state(state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "") -> Checkpoint:
+    """Make a checkpoint of a state dict; arguments and errors as for :func:`load`."""
+    layer = _select(_strip_wrappers(state), prefix)
+    _check_values(layer)
+    spec = infer(layer, heads)
+    _check_keys(layer, spec)
+    return Checkpoint(spec, {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(layer.items())})
+
+
+def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
+    """Read a live module: the seed's layer, the published package's layer or its transformer.
+
+    Args:
+        module: the trained module; its ``heads`` and norm epsilon are read from it.
+        heads: overrides what the module says.
+
+    Returns:
+        The specification and a copy of the weights.
+
+    Raises:
+        CheckpointError: the module is not this layer.
+    """
+    own = [m for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
+    found = from_state(module.state_dict(), heads or (own[0].heads if own else None))  # type: ignore[arg-type]
+    return Checkpoint(_with_eps(found.spec, module), found.state)
+
+
+def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
+    eps = {float(m.eps) for m in module.modules() if isinstance(getattr(m, "eps", None), float)}  # type: ignore[arg-type]
+    if len(eps) > 1:
+        raise CheckpointError(f"the module's norms have different eps {sorted(eps)}; this layer has one for all")
+    values = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    return LayerSpec(**(values | {"norm_eps": eps.pop()})) if eps else spec
+
+
+def read(path: Path) -> State:
+    """Read every tensor of a checkpoint file as it stands, wrappers included.
+
+    Raises:
+        CheckpointError: missing, truncated, holding pickled code, or not a checkpoint.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .pt, .pth or .safetensors file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".pt", ".pth"):
+        return _flatten(_read_torch(path), path)
+    raise CheckpointError(f"checkpoint {path}: suffix {path.suffix!r} is not known; allowed are .pt, .pth and .safetensors")
+
+
+def _read_safetensors(path: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is not a readable safetensors file: {error}; save it again") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds pickled code or is no checkpoint, and code is never run from a checkpoint; "
+            "save tensors only: torch.save(module.state_dict(), path)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({first}); it may be truncated: copy or save it again"
+        ) from error
+
+
+def _flatten(content: Any, path: Path) -> State:
+    """Unwrap ``{"state_dict": ...}`` and the like down to names and tensors."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict of named tensors")
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            return _flatten(content[wrapper], path)
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"checkpoint {path} holds no tensors; its keys are {sorted(map(str, content))[:8]}")
+    return tensors
+
+
+def _strip_wrappers(state: Mapping[str, Tensor]) -> State:
+    """Drop what DataParallel (``module.`` in front) and torch.compile (``_orig_mod.`` anywhere) add to names."""
+    compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while compiled and all(name.startswith("module.") for name in compiled):
+        compiled = {name.removeprefix("module."): tensor for name, tensor in compiled.items()}
+    return compiled
+
+
+def _select(state: State, prefix: str) -> State:
+    prefix = prefix.replace("_orig_mod.", "")
+    prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if _ANCHOR in inside or _TRANSFORMER_ANCHOR in inside:
+        return inside
+    places = _places(state)
+    if not places:
+        raise CheckpointError(
+            f"no {_ANCHOR} anywhere in the checkpoint, so it holds no bidirectional cross-attention; "
+            f"its keys are {_listing(state)}"
+        )
+    where = f"under prefix {prefix!r}" if prefix else "at the root of the checkpoint"
+    raise CheckpointError(
+        f"no layer {where}{nearest(prefix, places)}; layers are at: {', '.join(map(repr, places))}; use --prefix"
+    )
+
+
+def _places(state: State) -> list[str]:
+    """Return the prefixes under which a layer or a transformer stands."""
+    attention = {name.removesuffix(_ANCHOR) for name in state if name.endswith("." + _ANCHOR) or name == _ANCHOR}
+    attention = {place for place in attention if not place.endswith("context_")}
+    transformers = {re.sub(r"layers\.\d+\.0\.$", "", place) for place in attention}
+    return sorted(transformers)
+
+
+def _check_values(state: State) -> None:
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name} has dtype {tensor.dtype}; weights must be floating point")
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CheckpointError(
+                f"{name} holds {bad} NaN or Inf of {tensor.numel()} values; take a checkpoint from before the divergence"
+            )
+
+
+def infer(state: State, heads: int | None = None) -> LayerSpec:
+    """Infer the specification from names and shapes; ``heads`` as for :func:`load`."""
+    depth = _depth(state)
+    place = "layers.0.0." if depth else ""
+    attention = {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
+    inner, dim = _matrix(attention, "to_qk.weight")
+    norm: Norm = "layer" if "norm.bias" in attention else "rms"
+    found = _heads(attention, heads, inner)
+    return LayerSpec(
+        dim=dim,
+        context_dim=_matrix(attention, "context_to_qk.weight")[1],
+        heads=found,
+        dim_head=inner // found,
+        prenorm="norm.weight" in attention,
+        norm=norm if "norm.weight" in attention else "layer",
+        norm_eps=NORM_EPS[norm] if "norm.weight" in attention else 0.0,
+        talking_heads="talking_heads.weight" in attention,
+        depth=depth,
+        ff_hidden=_matrix(state, "layers.0.1.1.weight")[0] if depth else None,
+        context_ff_hidden=_matrix(state, "layers.0.2.1.weight")[0] if depth else None,
+        final_norms=depth is not None and "norm.weight" in state,
+    )
+
+
+def _depth(state: State) -> int | None:
+    blocks = {int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name))}
+    if not blocks:
+        return None
+    if blocks != set(range(len(blocks))):
+        raise CheckpointError(
+            f"transformer blocks {sorted(blocks)} are not numbered from 0 without a gap; is the checkpoint complete?"
+        )
+    return len(blocks)
+
+
+def _matrix(state: State, name: str) -> tuple[int, int]:
+    if name not in state:
+        raise CheckpointError(f"key {name} is missing{nearest(name, state)}; the keys there are {_listing(state)}")
+    if state[name].ndim != 2:
+        raise CheckpointError(f"{name} has shape {list(state[name].shape)}; a matrix is expected")
+    return int(state[name].shape[0]), int(state[name].shape[1])
+
+
+def _heads(attention: State, heads: int | None, inner: int) -> int:
+    divisors = [n for n in range(1, inner + 1) if inner % n == 0]
+    if "talking_heads.weight" in attention:
+        found = int(attention["talking_heads.weight"].shape[0])
+        if heads not in (None, found):
+            raise InputError(f"heads {heads}, but the talking-heads weights are for {found}; leave --heads out or give {found}")
+        return found
+    if heads is None:
+        raise InputError(
+            f"heads cannot be read from this checkpoint (wrong heads give a valid but different function); "
+            f"give --heads, one of the divisors of the inner width {inner}: {', '.join(map(str, divisors))}"
+        )
+    if heads not in divisors:
+        raise InputError(f"heads {heads} does not divide the inner width {inner}; allowed: {', '.join(map(str, divisors))}")
+    return heads
+
+
+def _check_keys(state: State, spec: LayerSpec) -> None:
+    """Hold names and shapes against those of the module that ``spec`` builds."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(spec).state_dict().items()}
+    unknown = sorted(set(state) - set(wanted))
+    absent = sorted(set(wanted) - set(state))
+    if unknown or absent:
+        raise CheckpointError("; ".join(_key_problems(unknown, absent, wanted)))
+    wrong = [
+        f"{name} {list(state[name].shape)}, needs {list(shape)}" for name, shape in wanted.items() if state[name].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"shapes do not fit one layer of dim {spec.dim}, context_dim {spec.context_dim}: {'; '.join(wrong[:6])}"
+        )
+
+
+def _key_problems(unknown: list[str], absent: list[str], wanted: Mapping[str, object]) -> list[str]:
+    problems = [f"unknown key {name}{nearest(name, absent or wanted)}" for name in unknown[:8]]
+    problems += [f"missing key {name}" for name in absent[:8]]
+    hidden = len(unknown) + len(absent) - len(problems)
+    tail = [f"and {hidden} more"] if hidden > 0 else []
+    return [*problems, *tail, "the checkpoint must hold exactly one layer or transformer; use --prefix to point at it"]
+
+
+def _listing(state: Mapping[str, object]) -> str:
+    names = sorted(state)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

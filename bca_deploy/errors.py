@@ -1,0 +1,55 @@
+"""The errors a caller may meet. A message says what, what it got, what is allowed and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BcaError(Exception):
+    """Root of every error that bca-deploy raises on purpose.
+
+    Attributes:
+        exit_code: what the command line exits with: 1 parity failed, 2 bad input.
+    """
+
+    exit_code = 2
+
+
+class InputError(BcaError, ValueError):
+    """An argument, option or recipe value that cannot be used."""
+
+
+class CheckpointError(BcaError):
+    """A checkpoint that cannot be read, or that is not this layer."""
+
+
+class LoweringError(BcaError):
+    """A lowering that cannot express what was asked for."""
+
+
+class ExportError(BcaError):
+    """The ONNX file could not be made as asked."""
+
+
+class BundleError(BcaError):
+    """A bundle that is missing, damaged, locked, unsafe or of a newer format."""
+
+
+class MissingDependencyError(BcaError, ImportError):
+    """An optional package is needed and absent; the message holds the pip command."""
+
+
+class ParityError(BcaError):
+    """The exported model is not the same function as the PyTorch layer."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def missing(package: str, extra: str) -> MissingDependencyError:
+    """Return the error for an absent optional ``package`` that the given ``extra`` installs."""
+    return MissingDependencyError(f"{package} is not installed; run: pip install 'bca-deploy[{extra}]'")

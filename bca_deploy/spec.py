@@ -1,0 +1,171 @@
+"""The layer, its interface and its named dimensions as plain data. Needs no torch: every stage and the manifest use it."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from bca_deploy.errors import InputError
+
+Norm = Literal["layer", "rms"]
+Bias = Literal["none", "plane", "shared", "batch"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Lowering = Literal["reference", "fused"]
+Axis = str | int
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# nn.RMSNorm(eps=None) takes its eps from the dtype (2.2e-16 in float64); it is pinned to float32's everywhere, so that the
+# float64 truth and the half graphs normalise with the same number. nn.LayerNorm's default is 1e-5.
+NORM_EPS: dict[Norm, float] = {"layer": 1e-5, "rms": 1.1920929e-07}
+
+#: Unit roundoff (half the distance from 1 to the next number) of each precision.
+UNIT_ROUNDOFF: dict[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """A bidirectional cross-attention layer, or with ``depth`` a transformer of such layers.
+
+    Attributes:
+        dim: features of ``x``.
+        context_dim: features of ``context``.
+        heads: attention heads. Never inferred: wrong heads give a valid but different function.
+        dim_head: features of one head; ``heads * dim_head`` is the inner width.
+        prenorm: normalise both inputs before the projections.
+        norm: which normalisation, where there is one.
+        norm_eps: its epsilon.
+        talking_heads: mix the heads by a 1x1 convolution after the softmax.
+        depth: layers of the transformer, or None for the bare layer.
+        ff_hidden: hidden width of the transformer's feed-forward on ``x``.
+        context_ff_hidden: the same on ``context``.
+        final_norms: the transformer normalises its outputs.
+
+    Raises:
+        InputError: a size below 1, or a combination that the published transformer cannot run.
+    """
+
+    dim: int
+    context_dim: int
+    heads: int
+    dim_head: int = 64
+    prenorm: bool = False
+    norm: Norm = "layer"
+    norm_eps: float = 0.0
+    talking_heads: bool = False
+    depth: int | None = None
+    ff_hidden: int | None = None
+    context_ff_hidden: int | None = None
+    final_norms: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("dim", "context_dim", "heads", "dim_head", "depth", "ff_hidden", "context_ff_hidden")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"layer.{name} is {value}; it must be at least 1")
+        if self.norm_eps == 0.0:
+            object.__setattr__(self, "norm_eps", NORM_EPS[self.norm])
+        _check_transformer(self)
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the projections: ``heads * dim_head``."""
+        return self.heads * self.dim_head
+
+    @property
+    def scale(self) -> float:
+        """What the similarity is multiplied by: ``dim_head ** -0.5``."""
+        return float(self.dim_head**-0.5)
+
+    @property
+    def attention(self) -> "LayerSpec":
+        """The attention layer inside one transformer block; a bare layer is its own."""
+        return replace(self, depth=None, ff_hidden=None, context_ff_hidden=None, final_norms=False)
+
+
+def _check_transformer(spec: LayerSpec) -> None:
+    if spec.depth is None:
+        if spec.final_norms or spec.ff_hidden or spec.context_ff_hidden:
+            raise InputError("layer.final_norms and layer.ff_hidden belong to the transformer; set layer.depth as well")
+        return
+    if spec.ff_hidden is None or spec.context_ff_hidden is None:
+        raise InputError("layer.depth is set, so layer.ff_hidden and layer.context_ff_hidden must be too")
+    if spec.norm != "rms" or not spec.prenorm:
+        raise InputError("the transformer always has RMSNorm before its layers; set layer.prenorm and layer.norm = 'rms'")
+    if spec.final_norms and spec.context_dim != spec.dim:
+        raise InputError(
+            f"layer.final_norms with context_dim {spec.context_dim} and dim {spec.dim}: the published transformer builds both "
+            "final norms for dim features, so it cannot run when the two differ; use final_norms = false or equal dims"
+        )
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Which optional inputs and outputs the exported model has.
+
+    Attributes:
+        mask: bool input ``mask [batch, x_len]``, true where a position of ``x`` is real.
+        context_mask: bool input ``context_mask [batch, context_len]``.
+        rel_pos_bias: added to the similarity before masking: ``none``, ``plane`` ``[x_len, context_len]``, ``shared``
+            ``[heads, x_len, context_len]`` or ``batch`` ``[batch, heads, x_len, context_len]``.
+        attention_maps: outputs ``attn [batch, heads, x_len, context_len]`` and ``context_attn`` of the same shape.
+    """
+
+    mask: bool = True
+    context_mask: bool = True
+    rel_pos_bias: Bias = "none"
+    attention_maps: bool = False
+
+    def inputs(self, spec: LayerSpec) -> dict[str, tuple[Axis, ...]]:
+        """Return each input's axes by name: an int is fixed, a str is a named dimension."""
+        pairs: tuple[Axis, ...] = ("x_len", "context_len")
+        biases: dict[Bias, tuple[Axis, ...]] = {
+            "plane": pairs,
+            "shared": (spec.heads, *pairs),
+            "batch": ("batch", spec.heads, *pairs),
+        }
+        axes: dict[str, tuple[Axis, ...]] = {
+            "x": ("batch", "x_len", spec.dim),
+            "context": ("batch", "context_len", spec.context_dim),
+        }
+        if self.mask:
+            axes["mask"] = ("batch", "x_len")
+        if self.context_mask:
+            axes["context_mask"] = ("batch", "context_len")
+        if self.rel_pos_bias != "none":
+            axes["rel_pos_bias"] = biases[self.rel_pos_bias]
+        return axes
+
+    def outputs(self, spec: LayerSpec) -> dict[str, tuple[Axis, ...]]:
+        """Return each output's axes by name, in the order of the model's outputs."""
+        maps: tuple[Axis, ...] = ("batch", spec.heads, "x_len", "context_len")
+        axes: dict[str, tuple[Axis, ...]] = {
+            "out": ("batch", "x_len", spec.dim),
+            "context_out": ("batch", "context_len", spec.context_dim),
+        }
+        return axes | ({"attn": maps, "context_attn": maps} if self.attention_maps else {})
+
+
+@dataclass(frozen=True)
+class DimRange:
+    """The sizes that one named dimension may take: the smallest, the one to tune for, the largest.
+
+    Raises:
+        InputError: unless ``1 <= min <= opt <= max``.
+    """
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise InputError(f"dimension range min {self.min}, opt {self.opt}, max {self.max}: needs 1 <= min <= opt <= max")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The three dynamic dimensions. The same name means the same size in every tensor of one call."""
+
+    batch: DimRange = DimRange(1, 4, 8)
+    x_len: DimRange = DimRange(1, 512, 2048)
+    context_len: DimRange = DimRange(1, 512, 2048)
