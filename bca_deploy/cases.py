@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bca_deploy.spec import Axis, DimRange, Dims, Interface, LayerSpec, Precision
+from bca_deploy.spec import Axis, Dims, Interface, LayerSpec, Precision
 
 Array = NDArray[Any]
 Scope = Literal["quick", "full"]
@@ -23,7 +23,8 @@ NUMPY_DTYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "b
 LEAST_CASES: dict[Scope, int] = {"quick": 40, "full": 200}
 
 #: The largest |logit| that the query weights are scaled to. Random weights make attention nearly uniform, which hides
-#: everything; ``steep`` tells a mask's fill of -10000 from the true one. In float16 it stays where eager's unscaled product fits.
+#: everything; ``steep`` tells a mask's fill of -10000 from the true one. In float16 eager's unscaled
+#: product must still fit.
 LOGIT_TARGETS: dict[Sharpness, dict[Precision, float]] = {
     "sharp": {"fp32": 30.0, "fp16": 30.0, "bf16": 30.0},
     "steep": {"fp32": 2e4, "fp16": 5.5e3, "bf16": 2e4},
@@ -103,24 +104,20 @@ def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope) -> l
 
 def _one_seed(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, seed: int) -> Iterator[Case]:
     for family, (x_len, context_len) in itertools.product(families(spec, interface), _lengths(dims, scope)):
-        batch = _clip(4 if family == "dead rows" else 2, dims.batch)
+        batch = dims.batch.clip(4 if family == "dead rows" else 2)
         levels: tuple[Sharpness, ...] = ("steep",) if family == "opposed" else ("plain", "sharp")
         for sharpness in levels:
             yield Case(family, sharpness, batch, x_len, context_len, seed)
     if seed == 0:
         for family in [f for f in families(spec, interface) if f in ("no mask", "padded")]:
-            long = [_clip(_LONG_CAP[scope], dim) for dim in (dims.x_len, dims.context_len)]
-            yield Case(family, "sharp", _clip(1, dims.batch), long[0], long[1], seed)
+            long = [dim.clip(_LONG_CAP[scope]) for dim in (dims.x_len, dims.context_len)]
+            yield Case(family, "sharp", dims.batch.clip(1), long[0], long[1], seed)
 
 
 def _lengths(dims: Dims, scope: Scope) -> list[tuple[int, int]]:
     cap = _OPT_CAP[scope]
     pairs = [*_LENGTHS[scope], (min(dims.x_len.opt, cap), min(dims.context_len.opt, cap))]
-    return list(dict.fromkeys((_clip(x_len, dims.x_len), _clip(context_len, dims.context_len)) for x_len, context_len in pairs))
-
-
-def _clip(size: int, dim: DimRange) -> int:
-    return min(max(size, dim.min), dim.max)
+    return list(dict.fromkeys((dims.x_len.clip(x_len), dims.context_len.clip(context_len)) for x_len, context_len in pairs))
 
 
 def _within_budget(cases: list[Case], spec: LayerSpec, dims: Dims, scope: Scope) -> list[Case]:
@@ -134,8 +131,8 @@ def _within_budget(cases: list[Case], spec: LayerSpec, dims: Dims, scope: Scope)
                 case.family,
                 case.sharpness,
                 case.batch,
-                _clip(case.x_len // 2, dims.x_len),
-                _clip(case.context_len // 2, dims.context_len),
+                dims.x_len.clip(case.x_len // 2),
+                dims.context_len.clip(case.context_len // 2),
                 case.seed,
             )
             if smaller == case:

@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,7 @@ def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
     eps = {float(m.eps) for m in module.modules() if isinstance(getattr(m, "eps", None), float)}  # type: ignore[arg-type]
     if len(eps) > 1:
         raise CheckpointError(f"the module's norms have different eps {sorted(eps)}; this layer has one for all")
-    values = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
-    return LayerSpec(**(values | {"norm_eps": eps.pop()})) if eps else spec
+    return replace(spec, norm_eps=eps.pop()) if eps else spec
 
 
 def read(path: Path) -> State:

@@ -21,14 +21,14 @@ def _wide(array: Array) -> Array:
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
-class MatMul(OpRun):  # type: ignore[misc]
+class MatMul(OpRun):
     """Matrix product with float32 accumulation."""
 
     def _run(self, a: Array, b: Array) -> tuple[Array]:
         return (np.matmul(_wide(a), _wide(b)).astype(a.dtype),)
 
 
-class Softmax(OpRun):  # type: ignore[misc]
+class Softmax(OpRun):
     """Softmax whose exponentials and sum are float32."""
 
     def _run(self, x: Array, axis: int = -1) -> tuple[Array]:
@@ -37,7 +37,7 @@ class Softmax(OpRun):  # type: ignore[misc]
         return ((powers / powers.sum(axis=axis, keepdims=True)).astype(x.dtype),)
 
 
-class ReduceSum(OpRun):  # type: ignore[misc]
+class ReduceSum(OpRun):
     """Sum with float32 accumulation; the total still has to fit the declared dtype."""
 
     def _run(self, x: Array, axes: Array | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0) -> tuple[Array]:
@@ -45,7 +45,7 @@ class ReduceSum(OpRun):  # type: ignore[misc]
         return (np.asarray(_wide(x).sum(axis=axis, keepdims=bool(keepdims))).astype(x.dtype),)
 
 
-class LayerNormalization(OpRun):  # type: ignore[misc]
+class LayerNormalization(OpRun):
     """LayerNormalization that honours ``stash_type``: 1 normalises in float32 whatever the input's dtype."""
 
     def _run(

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+import torch._dynamo.config
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 
@@ -117,7 +118,8 @@ def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, op
     inputs = interface.inputs(spec)
     kwargs = {name: _example(name, axes, model.edge) for name, axes in inputs.items()}
     dynamic = {name: {i: axis for i, axis in enumerate(axes) if isinstance(axis, str)} for name, axes in inputs.items()}
-    with _quiet():
+    # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
+    with _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         try:
             program = torch.onnx.export(
                 model,

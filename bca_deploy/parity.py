@@ -13,9 +13,9 @@ weights; what rounding the weights does is reported beside it.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from bca_deploy.spec import UNIT_ROUNDOFF, Dims, Interface, Precision
 
 Array = NDArray[Any]
 Region = Literal["live", "dead"]
+REGIONS: tuple[Region, ...] = get_args(Region)
 
 POOLED_RATIO = 1.5
 EAGER_FACTOR = 2.0
@@ -142,6 +143,15 @@ class Verdict:
     def __bool__(self) -> bool:
         return not self.failures
 
+    def joined(self, other: "Verdict") -> "Verdict":
+        """Return this verdict with the other's cases, groups and failures added."""
+        return replace(
+            self,
+            results=self.results + other.results,
+            groups=self.groups + other.groups,
+            failures=self.failures + other.failures,
+        )
+
     @property
     def worst_ratio(self) -> float:
         """The largest pooled ratio of any group and region."""
@@ -217,7 +227,8 @@ def refuse_undefined_rows(inputs: Mapping[str, Array]) -> None:
     shut = np.isneginf(np.broadcast_to(bias, (batch, *np.broadcast_shapes(bias.shape, (1, 1, 1))[-3:])))
     for axis, own, other, what in ((-1, mask, context_mask, "x"), (-2, context_mask, mask, "context")):
         others = other[:, None, None, :] if axis == -1 else other[:, None, :, None]
-        rows = (shut | ~others).all(axis) & own[:, None] & other.any(-1)[:, None, None]
+        starved: Array = np.all(shut | ~others, axis=axis)
+        rows: Array = starved & own[:, None] & np.any(other, axis=-1, keepdims=True)[:, None]
         if rows.any():
             where = tuple(int(i) for i in np.argwhere(rows)[0])
             raise InputError(
@@ -269,7 +280,7 @@ class _Benches:
         if sharpness not in self.made:
             self.made[sharpness] = self._make(sharpness)
         bench, subject = self.made[sharpness], self.subject
-        truth, largest_logit = _true_outputs(bench.truth, inputs, subject.interface)
+        truth, largest_logit = true_outputs(bench.truth, inputs, subject.interface)
         eager = run_module(bench.eager, inputs, subject.interface, DTYPES[subject.precision])
         if sharpness == "plain" and len(self.changes) < 4:
             self.changes.append(self._weight_change(inputs, truth))
@@ -285,7 +296,7 @@ class _Benches:
     def _make(self, sharpness: Sharpness) -> _Bench:
         subject = self.subject
         dtype = DTYPES[subject.precision]
-        rounded = Checkpoint(subject.checkpoint.spec, {k: v.to(dtype) for k, v in subject.checkpoint.state.items()})
+        rounded = _rounded_checkpoint(subject.checkpoint, dtype)
         factor = sharpening(rounded, sharpness, subject.precision)
         sharp = Checkpoint(rounded.spec, sharpen(rounded.state, factor))
         path = subject.path if factor == 1.0 else sharpened_copy(subject.path, factor, Path(self.copies.name))
@@ -321,7 +332,7 @@ def sharpening(checkpoint: Checkpoint, sharpness: Sharpness, precision: Precisio
     target = LOGIT_TARGETS[sharpness][precision]
     spec = checkpoint.spec
     probe = make_inputs(Case("no mask", "plain", 2, 16, 16, 0), spec, Interface(False, False), "fp32")
-    _, largest = _true_outputs(checkpoint.module(torch.float64), probe, Interface(False, False), weightless=np.inf)
+    _, largest = true_outputs(checkpoint.module(torch.float64), probe, Interface(False, False), weightless=np.inf)
     return float(2.0 ** np.floor(np.log2(target / largest))) if largest else 1.0
 
 
@@ -334,7 +345,7 @@ def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interf
         return {name: tensor.double().numpy() for name, tensor in zip(names, module(**tensors, **extra), strict=False)}
 
 
-def _true_outputs(
+def true_outputs(
     module: nn.Module, inputs: Mapping[str, Array], interface: Interface, weightless: float = _WEIGHTLESS
 ) -> tuple[dict[str, Array], float]:
     """Return the float64 outputs and the largest live |logit| of any layer that carries weight."""
@@ -352,6 +363,33 @@ def _true_outputs(
     for hook in hooks:
         hook.remove()
     return outputs, max(largest)
+
+
+def truth_and_bounds(
+    checkpoint: Checkpoint, inputs: dict[str, Array], interface: Interface, precision: Precision
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Return the float64 outputs on the rounded weights, and the largest error that the per-case rule allows for each.
+
+    Args:
+        checkpoint: the layer with its original weights.
+        inputs: float32 arrays that ``precision`` represents exactly, and bool masks.
+        interface: decides whether attention maps are outputs.
+        precision: of the weights and of PyTorch eager.
+    """
+    rounded = _rounded_checkpoint(checkpoint, DTYPES[precision])
+    truth, largest = true_outputs(rounded.module(torch.float64), inputs, interface)
+    eager = run_module(rounded.module(DTYPES[precision]), inputs, interface, DTYPES[precision])
+    roundoff = UNIT_ROUNDOFF[precision] * (1 + largest)
+    return truth, {name: _bound(eager[name] - true, true, roundoff) for name, true in truth.items()}
+
+
+def _bound(eager_error: Array, truth: Array, roundoff: float) -> float:
+    eager_max = float(np.abs(eager_error).max()) if np.isfinite(eager_error).all() else 0.0
+    return EAGER_FACTOR * eager_max + ROUNDOFF_FACTOR * roundoff * float(np.abs(truth).max())
+
+
+def _rounded_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    return Checkpoint(checkpoint.spec, {name: tensor.to(dtype) for name, tensor in checkpoint.state.items()})
 
 
 def _positional(look: Callable[..., None]) -> Callable[..., None]:
@@ -406,23 +444,22 @@ class _Trial:
             return CaseResult(name, family, sharpness, runtime, {}, 0.0, tuple(bad + wrong))
         regions: dict[Region, RegionError] = {}
         failures: list[str] = []
-        for region, is_live in (("live", True), ("dead", False)):
-            found, problems = self._region(wide, region, is_live)  # type: ignore[arg-type]
+        for region in REGIONS:
+            found, problems = self._region(wide, region)
             failures += problems
             if found is not None:
-                regions[region] = found  # type: ignore[index]
+                regions[region] = found
         cosine = min(_cosine(wide[key], self.truth[key]) for key in wide)
         return CaseResult(name, family, sharpness, runtime, regions, cosine, tuple(failures))
 
-    def _region(self, outputs: dict[str, Array], region: Region, is_live: bool) -> tuple[RegionError | None, list[str]]:
+    def _region(self, outputs: dict[str, Array], region: Region) -> tuple[RegionError | None, list[str]]:
         relative, eager_relative, problems, tightest = [], [], [], (0.0, np.inf)
         for key, truth in self.truth.items():
-            rows = self.live[key] == is_live
+            rows = self.live[key] == (region == "live")
             if not rows.any():
                 continue
             error, eager = np.abs(outputs[key] - truth)[rows], np.abs(self.eager[key] - truth)[rows]
-            eager_max = float(eager.max()) if np.isfinite(eager).all() else 0.0
-            bound = EAGER_FACTOR * eager_max + ROUNDOFF_FACTOR * self.roundoff * float(np.abs(truth).max())
+            bound = _bound(eager, truth, self.roundoff)
             worst = float(error.max())
             if not worst <= bound:
                 problems.append(f"{key}, {region} rows: largest error {worst:.3g}, allowed {bound:.3g}")

@@ -1,7 +1,7 @@
 """The layer, its interface and its named dimensions as plain data. Needs no torch: every stage and the manifest use it."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from bca_deploy.errors import InputError
 
@@ -10,6 +10,9 @@ Bias = Literal["none", "plane", "shared", "batch"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Lowering = Literal["reference", "fused"]
 Axis = str | int
+
+# Read by pydantic where these classes stand in a recipe or a manifest: an unknown key is an error.
+_STRICT = {"extra": "forbid"}
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -42,6 +45,8 @@ class LayerSpec:
     Raises:
         InputError: a size below 1, or a combination that the published transformer cannot run.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     dim: int
     context_dim: int
@@ -110,6 +115,8 @@ class Interface:
         attention_maps: outputs ``attn [batch, heads, x_len, context_len]`` and ``context_attn`` of the same shape.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     mask: bool = True
     context_mask: bool = True
     rel_pos_bias: Bias = "none"
@@ -153,6 +160,8 @@ class DimRange:
         InputError: unless ``1 <= min <= opt <= max``.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     min: int
     opt: int
     max: int
@@ -161,10 +170,16 @@ class DimRange:
         if not 1 <= self.min <= self.opt <= self.max:
             raise InputError(f"dimension range min {self.min}, opt {self.opt}, max {self.max}: needs 1 <= min <= opt <= max")
 
+    def clip(self, size: int) -> int:
+        """Return the size in this range that is nearest to ``size``."""
+        return min(max(size, self.min), self.max)
+
 
 @dataclass(frozen=True)
 class Dims:
     """The three dynamic dimensions. The same name means the same size in every tensor of one call."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     batch: DimRange = DimRange(1, 4, 8)
     x_len: DimRange = DimRange(1, 512, 2048)

@@ -1,0 +1,253 @@
+"""The command line: `bca-export`, and `bca` with its commands. Heavy imports wait until a command runs."""
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from bca_deploy.errors import BcaError, InputError
+
+if TYPE_CHECKING:
+    from bca_deploy.pipeline import Plan
+
+app = typer.Typer(
+    name="bca",
+    help="Export bidirectional cross-attention to a validated ONNX bundle, and look after the bundle.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # importing rich for a help page would double its time
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+export_app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath log.")]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory, or its .bca archive.")]
+
+
+def main() -> None:
+    """Run `bca`."""
+    app()
+
+
+def main_export() -> None:
+    """Run `bca-export`."""
+    export_app()
+
+
+@contextlib.contextmanager
+def _guarded(verbose: bool) -> Iterator[None]:
+    """Turn errors into one readable message and the documented exit code."""
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, stream=sys.stderr)
+    logging.getLogger("bca_deploy").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not verbose:
+        warnings.simplefilter("ignore")
+    try:
+        yield
+    except BcaError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@export_app.command()
+@app.command("export")
+def export_command(  # noqa: PLR0913  (one parameter per option)
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Trained weights: .pt, .pth or .safetensors. Seeded weights where absent."),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(help="Attention heads; required with a checkpoint without talking heads."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Where the layer is inside a bigger checkpoint, such as encoder.fusion.")] = "",
+    expect: Annotated[
+        Path | None,
+        typer.Option(help="Sample .npz of inputs and outputs from your own code; proves it is the same function."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe, such as export/recipes/masked.toml.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ai.onnx opset of the file, 17 to 27. [default: 17]")] = None,
+    lowering: Annotated[
+        Literal["auto", "reference", "fused"] | None,
+        typer.Option(help="Form of the attention; auto takes fused where it is possible."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, fp16 or bf16; give it again for more. [default: fp32]"),
+    ] = None,
+    parity: Annotated[
+        Literal["quick", "full"] | None,
+        typer.Option(help="Which parity matrix must pass. [default: quick]"),
+    ] = None,
+    mask: Annotated[bool | None, typer.Option("--mask/--no-mask", help="Input mask.")] = None,
+    context_mask: Annotated[bool | None, typer.Option("--context-mask/--no-context-mask", help="Input context_mask.")] = None,
+    rel_pos_bias: Annotated[
+        Literal["none", "plane", "shared", "batch"] | None,
+        typer.Option(help="Input rel_pos_bias: [i,j], [heads,i,j] or [batch,heads,i,j]."),
+    ] = None,
+    attention_maps: Annotated[
+        bool | None,
+        typer.Option("--attention-maps/--no-attention-maps", help="Outputs attn, context_attn."),
+    ] = None,
+    keep_io_types: Annotated[
+        bool | None,
+        typer.Option("--keep-io-types/--half-io", help="fp32 at the edges whatever the precision."),
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch size as MIN:OPT:MAX. [default: 1:4:8]")] = None,
+    x_len: Annotated[str | None, typer.Option(help="Length of x as MIN:OPT:MAX. [default: 1:512:2048]")] = None,
+    context_len: Annotated[str | None, typer.Option(help="Length of context as MIN:OPT:MAX. [default: 1:512:2048]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle's directory. [default: build/model]")] = None,
+    archive: Annotated[Path | None, typer.Option(help="Write one .bca file instead of a directory.")] = None,
+    external_data_bytes: Annotated[
+        int | None,
+        typer.Option(help="Weights above this total leave the .onnx file. [default: 2000000000]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave what failed parity as <out>.failed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Export a layer to an ONNX bundle, proven equal to PyTorch.
+
+    Exit codes: 0 done, 1 parity failed, 2 bad input, 130 interrupted. On 1, 2 and 130 no bundle is left.
+    """
+    with _guarded(verbose):
+        options = {
+            "opset": opset,
+            "lowering": lowering,
+            "precision": tuple(precision) if precision else None,
+            "parity": parity,
+            "keep_io_types": keep_io_types,
+            "external_data_bytes": external_data_bytes,
+            "inputs": {"mask": mask, "context_mask": context_mask, "rel_pos_bias": rel_pos_bias},
+            "outputs": {"attention_maps": attention_maps},
+            "dims": {"batch": _range(batch), "x_len": _range(x_len), "context_len": _range(context_len)},
+        }
+        _check_paths(checkpoint, expect)
+        plan = _plan(recipe, options, checkpoint, heads, prefix, expect, _target(out, archive), force)
+        from bca_deploy import console, pipeline
+
+        if dry_run:
+            console.show_plan(plan, checkpoint, as_json)
+            return
+        with console.progress() as progress:
+            verdicts = pipeline.run(plan, progress, keep_failed)
+        console.show_verdicts(verdicts, as_json, plan.out)
+
+
+def _plan(
+    recipe: Path | None,
+    options: dict[str, Any],
+    checkpoint: Path | None,
+    heads: int | None,
+    prefix: str,
+    expect: Path | None,
+    out: Path,
+    force: bool,
+) -> "Plan":
+    from bca_deploy.recipe import read_recipe
+
+    read = read_recipe(recipe, options)
+    pipeline, samples = _need("pipeline"), _need("expect")
+    loaded = pipeline.load_checkpoint(read, checkpoint, heads, prefix)
+    plan: Plan = pipeline.make_plan(read, loaded, out, force, samples.read(expect) if expect else {})
+    return plan
+
+
+@app.command("verify")
+def verify_command(
+    bundle: BundleArgument,
+    inputs: Annotated[list[Path] | None, typer.Option(help="Your own inputs, .npz; give it again for more.")] = None,
+    parity: Annotated[Literal["quick", "full"], typer.Option(help="Which parity matrix.")] = "full",
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Hold a bundle against PyTorch again.
+
+    Checks every hash, the self-test, the parity matrix, and your own inputs where given.
+
+    Exit codes: 0 passed, 1 parity failed, 2 bad input or damaged bundle.
+    """
+    with _guarded(verbose):
+        verify = _need("verify")
+        from bca_deploy import console
+
+        with console.progress() as progress:
+            verdicts = verify.verify(bundle, inputs=inputs or (), scope=parity, progress=progress)
+        console.show_verdicts(verdicts, as_json, bundle)
+        if not all(verdicts):
+            raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(bundle: BundleArgument, as_json: JsonFlag = False, verbose: VerboseFlag = False) -> None:
+    """Show what is in a bundle.
+
+    Checks every hash first. Needs neither torch nor onnx.
+    """
+    with _guarded(verbose):
+        from bca_deploy import console
+        from bca_deploy.bundle import Bundle
+
+        with Bundle.open(bundle) as opened:
+            if as_json:
+                typer.echo(json.dumps(opened.manifest.model_dump(mode="json"), indent=2))
+            else:
+                console.show_manifest(opened.manifest, bundle)
+
+
+def _need(module: str) -> Any:
+    """Import a module of the export stages, whose packages are in an extra."""
+    from importlib import import_module
+
+    from bca_deploy.errors import missing
+
+    try:
+        return import_module(f"bca_deploy.{module}")
+    except ModuleNotFoundError as error:
+        raise missing(error.name or "a package", "export") from error
+
+
+def _range(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
+        raise InputError(f"dimension range {text!r}: give MIN:OPT:MAX such as 1:512:2048, or one number for a fixed size")
+    low, opt, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+    return {"min": low, "opt": opt, "max": high}
+
+
+def _target(out: Path | None, archive: Path | None) -> Path:
+    if archive is None:
+        return out or Path("build/model")
+    if out is not None:
+        raise InputError("--out and --archive are two places for one bundle; give one of them")
+    if archive.suffix != ".bca":
+        raise InputError(f"--archive {archive}: the name must end in .bca")
+    return archive
+
+
+def _check_paths(*paths: Path | None) -> None:
+    """Refuse a missing file before the slow imports."""
+    for path in paths:
+        if path is not None and not path.is_file():
+            raise InputError(f"{path} does not exist or is not a file; check the path")

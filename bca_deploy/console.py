@@ -1,0 +1,166 @@
+"""What the commands print: the plan, progress, the parity table, a bundle's contents."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+
+from bca_deploy.manifest import Manifest
+from bca_deploy.spec import Axis, DimRange, LayerSpec
+
+if TYPE_CHECKING:
+    from bca_deploy.parity import Verdict
+    from bca_deploy.pipeline import Plan
+
+# Markup off: shapes such as [batch, x_len] are not styles. Wide where there is no terminal to fit: tables go to logs whole.
+_out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+_err = Console(stderr=True, highlight=False, markup=False)
+
+
+class _Bar:
+    """Draws the stages on standard error: a live bar on a terminal, a line per stage elsewhere."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.task: TaskID | None = None
+
+    def stage(self, name: str) -> None:
+        if not _err.is_terminal:
+            _err.print(f"{name} ...")
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(name, total=None)
+
+    def cases(self, done: int, total: int) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[_Bar]:
+    """Show progress while the block runs."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
+        yield _Bar(bar)
+
+
+def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
+    """Print what an export would do."""
+    recipe = plan.recipe
+    content: dict[str, Any] = {
+        "weights": str(checkpoint) if checkpoint else f"seeded ({recipe.seed})",
+        "layer": dataclasses.asdict(plan.checkpoint.spec),
+        "lowering": plan.lowering,
+        "opset": recipe.opset,
+        "precision": list(recipe.precision),
+        "keep_io_types": recipe.keep_io_types,
+        "inputs": recipe.interface.inputs(plan.checkpoint.spec),
+        "outputs": recipe.interface.outputs(plan.checkpoint.spec),
+        "dims": dataclasses.asdict(recipe.dims),
+        "parity": recipe.parity,
+        "out": str(plan.out),
+    }
+    if as_json:
+        _print_json(content)
+        return
+    table = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
+    content["layer"] = describe(plan.checkpoint.spec)
+    content["dims"] = _dims(plan.recipe.dims.__dict__)
+    for name in ("inputs", "outputs"):
+        content[name] = "; ".join(f"{key} {_shape(axes)}" for key, axes in content[name].items())
+    for name, value in content.items():
+        table.add_row(name, str(value) if not isinstance(value, list) else ", ".join(value))
+    _out.print(table)
+    _out.print("dry run: nothing was written")
+
+
+def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -> None:
+    """Print the parity table of each model and where the bundle is."""
+    if as_json:
+        from bca_deploy.pipeline import report
+
+        models = [{k: v for k, v in report(verdict).items() if k != "results"} for verdict in verdicts]
+        _print_json({"bundle": str(where), "passed": all(verdicts), "models": models})
+        return
+    for verdict in verdicts:
+        _out.print(_parity_table(verdict))
+        for note in verdict.notes:
+            _out.print(f"note: {note}")
+        for failure in verdict.failures[:20]:
+            _out.print(f"failed: {failure}")
+        _out.print(
+            f"{verdict.precision}: parity {'passed' if verdict else 'FAILED'}, {verdict.cases} cases ({verdict.scope}), "
+            f"worst RMS ratio to PyTorch eager {verdict.worst_ratio:.3f} (limit 1.5); "
+            f"rounding the weights moves the outputs by {verdict.weight_rounding:.2g} RMS",
+        )
+    _out.print(f"bundle: {where}")
+
+
+def _parity_table(verdict: "Verdict") -> Table:
+    table = Table(
+        title=f"parity, {verdict.precision}: error against float64, beside PyTorch eager", title_justify="left", box=SIMPLE
+    )
+    for name in ("family", "logits", "runtime"):
+        table.add_column(name)
+    for name in ("cases", "live/eager", "dead/eager", "RMS", "p99", "max", "cosine"):
+        table.add_column(name, justify="right")
+    for group in verdict.groups:
+        ratios = [f"{r:.3f}" if r is not None else "-" for r in (group.live_ratio, group.dead_ratio)]
+        figures = [f"{v:.1e}" for v in (group.rms, group.p99, group.max)]
+        table.add_row(group.family, group.sharpness, group.runtime, str(group.cases), *ratios, *figures, f"{group.cosine:.7f}")
+    return table
+
+
+def show_manifest(manifest: Manifest, where: Path) -> None:
+    """Print what a bundle holds."""
+    _out.print(f"{where}: bundle format {manifest.format}, every hash right")
+    _out.print(f"layer: {describe(manifest.layer)}")
+    _out.print(f"dims:  {_dims(manifest.dims.__dict__)}")
+    models = Table("model", "opset", "precision", "lowering", "nodes", "parity", "worst ratio", box=SIMPLE)
+    for model in manifest.models:
+        verdict = f"{'passed' if model.parity.passed else 'FAILED'}, {model.parity.cases} cases ({model.parity.scope})"
+        figures = (
+            str(model.opset),
+            model.precision,
+            model.lowering,
+            str(model.nodes),
+            verdict,
+            f"{model.parity.worst_ratio:.3f}",
+        )
+        models.add_row(model.file, *figures)
+    _out.print(models)
+    tensors = Table("tensor", "dtype", "axes", box=SIMPLE)
+    for entry in (*manifest.models[0].inputs, *manifest.models[0].outputs):
+        tensors.add_row(entry.name, entry.dtype, _shape(entry.axes))
+    _out.print(tensors)
+    files = Table("file", "bytes", "sha256", box=SIMPLE)
+    for name, file in manifest.files.items():
+        files.add_row(name, str(file.bytes), file.sha256[:16])
+    _out.print(files)
+
+
+def describe(spec: LayerSpec) -> str:
+    """Return a layer in one line."""
+    norm = f", {'LayerNorm' if spec.norm == 'layer' else 'RMSNorm'} first" if spec.prenorm else ""
+    extra = (", talking heads" if spec.talking_heads else "") + (f", transformer of depth {spec.depth}" if spec.depth else "")
+    return f"dim {spec.dim}, context_dim {spec.context_dim}, {spec.heads} heads of {spec.dim_head}{norm}{extra}"
+
+
+def _dims(ranges: dict[str, DimRange]) -> str:
+    return ", ".join(f"{name} {r.min}..{r.max} (opt {r.opt})" for name, r in ranges.items())
+
+
+def _shape(axes: tuple[Axis, ...]) -> str:
+    return f"[{', '.join(map(str, axes))}]"
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=2))  # noqa: T201

@@ -1,0 +1,123 @@
+"""The user's own inputs and outputs: proof that the layer built here is the one they trained."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bca_deploy.cases import Case, Family, make_inputs
+from bca_deploy.checkpoint import Checkpoint
+from bca_deploy.errors import InputError, ParityError, nearest
+from bca_deploy.parity import EAGER_FACTOR, ROUNDOFF_FACTOR, run_module, true_outputs
+from bca_deploy.spec import UNIT_ROUNDOFF, Dims, Interface, LayerSpec, Precision
+
+Arrays = dict[str, NDArray[Any]]
+
+_INPUTS = ("x", "context", "mask", "context_mask", "rel_pos_bias")
+_OUTPUTS = ("out", "context_out", "attn", "context_attn")
+_PRECISIONS: dict[str, Precision] = {"float16": "fp16", "float32": "fp32", "float64": "fp32"}
+
+
+def read(path: Path) -> Arrays:
+    """Read a sample: ``x``, ``context``, whichever optional inputs were given, ``out`` and ``context_out``.
+
+    Raises:
+        InputError: not a readable ``.npz``, a name missing or unknown, a wrong dtype.
+    """
+    arrays = read_npz(path)
+    unknown = sorted(set(arrays) - {*_INPUTS, *_OUTPUTS})
+    if unknown:
+        raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*_INPUTS, *_OUTPUTS))}")
+    absent = [name for name in ("x", "context", "out", "context_out") if name not in arrays]
+    if absent:
+        raise InputError(f"{path}: {', '.join(absent)} missing; save x, context, out and context_out, and the masks you gave")
+    return arrays
+
+
+def read_npz(path: Path) -> Arrays:
+    """Read named arrays; masks must be bool, everything else float16, float32 or float64.
+
+    Raises:
+        InputError: not a readable ``.npz`` of plain arrays, or a wrong dtype.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a readable .npz of plain arrays: {error}; write it with numpy.savez") from error
+    for name, array in arrays.items():
+        allowed = ["bool"] if name.endswith("mask") else list(_PRECISIONS)
+        if array.dtype.name not in allowed:
+            raise InputError(f"{path}: {name} has dtype {array.dtype}; allowed: {', '.join(allowed)}")
+    return arrays
+
+
+def inputs_of(arrays: Arrays, spec: LayerSpec, interface: Interface) -> Arrays:
+    """Return the inputs that the exported model takes; a mask that was not given is all true, a bias zero."""
+    shapes = {"batch": arrays["x"].shape[0], "x_len": arrays["x"].shape[1], "context_len": arrays["context"].shape[1]}
+    found: Arrays = {}
+    for name, axes in interface.inputs(spec).items():
+        shape = tuple(axis if isinstance(axis, int) else shapes[axis] for axis in axes)
+        blank = np.ones(shape, dtype=bool) if name.endswith("mask") else np.zeros(shape, dtype=np.float32)
+        found[name] = np.broadcast_to(arrays.get(name, blank), shape).copy()
+    return found
+
+
+def fit(arrays: Arrays, spec: LayerSpec, interface: Interface) -> None:
+    """Refuse a sample that the exported model cannot take.
+
+    Raises:
+        InputError: an input that the model will not have, a wrong shape.
+    """
+    axes = interface.inputs(spec)
+    for name in _INPUTS:
+        if name in arrays and name not in axes:
+            raise InputError(f"the sample has {name}, but the export has no such input; add it (see --help) or leave it out")
+    for name, width in (("x", spec.dim), ("context", spec.context_dim)):
+        if arrays[name].ndim != 3 or arrays[name].shape[2] != width:
+            raise InputError(f"the sample's {name} has shape {arrays[name].shape}, needs [batch, length, {width}]")
+    try:
+        inputs_of(arrays, spec, interface)
+    except ValueError as error:
+        raise InputError(f"the sample's inputs do not fit together: {error}") from error
+
+
+def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
+    """Hold the sample's outputs against the reference layer; the rule is parity.py's per-case rule.
+
+    Raises:
+        ParityError: the user's code computed something else.
+    """
+    precision = _PRECISIONS[arrays["out"].dtype.name]
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    interface = Interface("mask" in arrays, "context_mask" in arrays, "batch", attention_maps="attn" in arrays)
+    inputs = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items() if name in _INPUTS}
+    truth, largest = true_outputs(checkpoint.module(torch.float64), inputs, interface)
+    eager = run_module(checkpoint.module(dtype), inputs, interface, dtype)
+    for name, true in truth.items():
+        _check_one(name, arrays[name], true, eager[name], UNIT_ROUNDOFF[precision] * (1 + largest))
+
+
+def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], eager: NDArray[Any], roundoff: float) -> None:
+    if got.shape != true.shape:
+        raise ParityError(f"the sample's {name} has shape {got.shape}, the layer gives {true.shape}")
+    allowed = EAGER_FACTOR * float(np.abs(eager - true).max()) + ROUNDOFF_FACTOR * roundoff * float(np.abs(true).max())
+    worst = float(np.abs(got.astype(np.float64) - true).max())
+    if not worst <= allowed:
+        raise ParityError(
+            f"the sample's {name} is not what this layer computes: largest difference {worst:.3g}, allowed {allowed:.3g}; "
+            "check --heads and --prefix, that the module was in eval mode, and that autocast and TF32 were off"
+        )
+
+
+def from_module(module: nn.Module, spec: LayerSpec, interface: Interface, dims: Dims) -> Arrays:
+    """Return a sample that a float32 copy of the live module makes on CPU; the module itself is left alone."""
+    family: Family = "padded" if interface.mask or interface.context_mask else "no mask"
+    case = Case(family, "plain", dims.batch.clip(2), dims.x_len.clip(7), dims.context_len.clip(5), seed=11)
+    inputs = make_inputs(case, spec, interface, "fp32")
+    outputs = run_module(copy.deepcopy(module).cpu().float().eval(), inputs, interface, torch.float32)
+    return inputs | {name: array.astype(np.float32) for name, array in outputs.items()}

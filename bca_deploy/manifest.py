@@ -1,0 +1,82 @@
+"""The bundle's manifest, format 1: what is in the bundle, field by field. The README documents it, docs/ holds its schema."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from bca_deploy.spec import Axis, Dims, Interface, LayerSpec, Lowering, Precision
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+SELFTEST_FILE = "selftest.npz"
+EXPECT_FILE = "expect.npz"
+PARITY_FILE = "parity.json"
+BUILD_FILE = "build.json"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+DType = Literal["float32", "float16", "bfloat16", "bool"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorEntry(_Model):
+    """One input or output of a model."""
+
+    name: str = Field(description="name in the graph; look tensors up by it, never by position")
+    dtype: DType = Field(description="element type")
+    axes: tuple[Axis, ...] = Field(description="a number is a fixed size, a string one of the named dimensions in `dims`")
+
+
+class ParityEntry(_Model):
+    """How the model was held against PyTorch; the whole report is in parity.json."""
+
+    passed: bool = Field(description="false only in a bundle kept by --keep-failed")
+    scope: Literal["quick", "full"] = Field(description="which parity matrix ran")
+    cases: int = Field(description="distinct cases")
+    runtimes: tuple[str, ...] = Field(description="what the cases ran on")
+    worst_ratio: float = Field(description="largest pooled RMS error over PyTorch eager's at the same precision; at most 1.5")
+
+
+class ModelEntry(_Model):
+    """One ONNX file."""
+
+    file: str = Field(description="path in the bundle")
+    runtime: Literal["portable"] = Field(description="what the graph is made for; portable means plain ai.onnx operators")
+    opset: int = Field(description="ai.onnx opset of the file")
+    precision: Precision = Field(description="of weights and activations; norms and means over values are float32")
+    lowering: Lowering = Field(description="form of the attention in the graph")
+    keep_io_types: bool = Field(description="whether the edges are float32 whatever the precision")
+    nodes: int = Field(description="nodes in the graph")
+    external_data: str | None = Field(description="file that holds the weights, where they are outside the .onnx file")
+    inputs: tuple[TensorEntry, ...] = Field(description="all inputs, each of them required by the graph")
+    outputs: tuple[TensorEntry, ...] = Field(description="all outputs")
+    parity: ParityEntry
+
+
+class FileEntry(_Model):
+    """Size and hash of one file."""
+
+    bytes: int = Field(description="size in bytes", ge=0)
+    sha256: Sha256 = Field(description="hash of the content")
+
+
+class Manifest(_Model):
+    """The bundle's table of contents."""
+
+    format: Literal[1] = Field(description="bundle format; a reader refuses a newer one")
+    layer: LayerSpec = Field(description="what was exported; enough to rebuild the PyTorch module")
+    interface: Interface = Field(description="which optional inputs and outputs the models have")
+    dims: Dims = Field(description="the named dimensions: smallest, optimal and largest size")
+    models: tuple[ModelEntry, ...] = Field(description="the ONNX files, the preferred one first")
+    engines: tuple[JsonValue, ...] = Field(description="compiled engines; none yet in this version")
+    versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
+    files: dict[str, FileEntry] = Field(description="every file but manifest.json and build.json, by path")
+
+
+def json_schema() -> dict[str, JsonValue]:
+    """Return the JSON Schema of the manifest."""
+    schema: dict[str, JsonValue] = Manifest.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

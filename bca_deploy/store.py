@@ -1,0 +1,132 @@
+"""Put a bundle in its place: staged beside it, one writer at a time, swapped in whole or not at all."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bca_deploy.bundle import is_bundle, read_manifest
+from bca_deploy.errors import BundleError
+from bca_deploy.manifest import BUILD_FILE, MANIFEST_FILE
+
+
+@contextlib.contextmanager
+def staged(out: Path, force: bool = False) -> Iterator[Path]:
+    """Give a private directory to fill; it becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        out: the bundle's directory, or its archive where the name ends in ``.bca``.
+        force: replace an existing bundle: only the files its manifest lists go, anything else stays.
+
+    Raises:
+        BundleError: ``out`` exists and may not be replaced, or another process is writing it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        check_target(out, force)
+        _remove_leftovers(out)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        try:
+            yield staging
+            _publish(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse a target that may not be written.
+
+    Raises:
+        BundleError: it exists and is no bundle, or is one and ``force`` is not given.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    replaceable = is_bundle(out) if out.is_dir() else out.suffix == ".bca" and zipfile.is_zipfile(out)
+    if not replaceable:
+        raise BundleError(f"{out} exists and is not a bundle; it is never touched, with --force either: choose another --out")
+    if not force:
+        raise BundleError(f"{out} already holds a bundle; use --force to replace it, or choose another --out")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    path = out.parent / f".{out.name}.lock"
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before us unlinks the file as it leaves: a lock on an unlinked file keeps nobody out.
+        if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(handle)
+        raise BundleError(f"another process is writing {out}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Clean up after a writer that was killed: the lock is ours, so nobody is using these."""
+    for old in out.parent.glob(f".{out.name}.old-*"):
+        if not out.exists():
+            old.rename(out)  # killed between the two renames of a replacement
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    for partial in out.parent.glob(f".{out.name}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    if out.suffix == ".bca":
+        _publish_archive(staging, out)
+        return
+    staging.chmod(0o777 & ~_umask())
+    if not out.is_dir():
+        staging.rename(out)
+        return
+    _keep_unlisted(out, staging)
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old)
+
+
+def _keep_unlisted(out: Path, staging: Path) -> None:
+    """Copy what the old manifest does not list, so that a replacement never loses a user's file."""
+    listed = {MANIFEST_FILE, BUILD_FILE}
+    if is_bundle(out):
+        listed |= set(read_manifest(out).files)
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out)
+        if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in listed:
+            target = staging / name
+            if target.exists():
+                raise BundleError(f"{path} is not the old bundle's, and the new bundle has a file of that name; move it away")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target, follow_symlinks=False)
+
+
+def _publish_archive(staging: Path, out: Path) -> None:
+    partial = staging / ".archive"
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(p for p in staging.rglob("*") if p.is_file() and p != partial):
+            # A fixed date: the same bundle is the same archive.
+            info = zipfile.ZipInfo(path.relative_to(staging).as_posix())
+            info.external_attr = 0o644 << 16
+            with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target)
+    partial.replace(out)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

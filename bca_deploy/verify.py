@@ -1,0 +1,98 @@
+"""Hold a finished bundle against PyTorch again, any time later: files, self-test, and the full parity matrix."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.external_data_helper import uses_external_data
+
+from bca_deploy import expect, selftest
+from bca_deploy.bundle import Bundle, safe_path
+from bca_deploy.cases import NUMPY_DTYPES, Scope
+from bca_deploy.checkpoint import Checkpoint, read
+from bca_deploy.errors import BundleError, ParityError
+from bca_deploy.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
+from bca_deploy.parity import Subject, Verdict, judge, judge_inputs
+from bca_deploy.pipeline import Progress, Silent
+from bca_deploy.runners import Runner, ort_runner, strict_runner_of
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    *,
+    inputs: Iterable[str | Path] = (),
+    scope: Scope = "full",
+    progress: Progress | None = None,
+) -> tuple[Verdict, ...]:
+    """Hold every model of a bundle against the PyTorch layer rebuilt from the bundle's weights.
+
+    Args:
+        bundle: an open bundle, or its path.
+        inputs: ``.npz`` files with the user's own inputs, named as the model's.
+        scope: which parity matrix.
+        progress: told about stages and cases.
+
+    Returns:
+        A verdict for each model, in the manifest's order; each is true where the model passed.
+
+    Raises:
+        BundleError: the bundle is damaged, or its external data leaves it.
+        InputError: an input file does not fit, or leaves a live row without a key.
+        ParityError: a self-test or the stored sample fails.
+    """
+    if not isinstance(bundle, Bundle):
+        with Bundle.open(bundle) as opened:
+            return verify(opened, inputs=inputs, scope=scope, progress=progress)
+    progress = progress or Silent()
+    spec, interface = bundle.manifest.layer, bundle.manifest.interface
+    checkpoint = Checkpoint(spec, read(bundle.path(WEIGHTS_FILE)))
+    samples = {str(path): expect.read_npz(Path(path)) for path in inputs}
+    if EXPECT_FILE in bundle.manifest.files:
+        samples[EXPECT_FILE] = expect.read(bundle.path(EXPECT_FILE))
+        expect.check(samples[EXPECT_FILE], checkpoint)
+    for sample in samples.values():
+        expect.fit(sample, spec, interface)
+    ready = {name: expect.inputs_of(sample, spec, interface) for name, sample in samples.items()}
+    return tuple(_verify_model(bundle, model, checkpoint, ready, scope, progress) for model in bundle.manifest.models)
+
+
+def _verify_model(
+    bundle: Bundle, model: ModelEntry, checkpoint: Checkpoint, samples: Mapping[str, Arrays], scope: Scope, progress: Progress
+) -> Verdict:
+    path = bundle.path(model.file)
+    _check_external_data(bundle, path)
+    progress.stage(f"parity {model.precision}")
+    _run_selftest(bundle, model, path)
+    manifest = bundle.manifest
+    subject = Subject(path, checkpoint, manifest.interface, manifest.dims, model.precision, model.keep_io_types)
+    own = judge_inputs(subject, samples) if samples else None
+    verdict = judge(subject, scope, progress.cases)
+    return verdict.joined(own) if own else verdict
+
+
+def _check_external_data(bundle: Bundle, path: Path) -> None:
+    """Refuse weights stored outside the bundle, or in a file that the manifest does not list."""
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if uses_external_data(tensor):
+            location = next(entry.value for entry in tensor.external_data if entry.key == "location")
+            name = safe_path(path.parent, location).relative_to(bundle.directory).as_posix()
+            if name not in bundle.manifest.files:
+                raise BundleError(f"{path.name} keeps weight {tensor.name} in {location}, which the manifest does not list")
+
+
+def _run_selftest(bundle: Bundle, model: ModelEntry, path: Path) -> None:
+    runner: Runner = strict_runner_of(path) if model.precision == "bf16" else ort_runner(path)
+    edge = np.float32 if model.keep_io_types else NUMPY_DTYPES[model.precision]
+    with np.load(bundle.path(SELFTEST_FILE), allow_pickle=False) as arrays:
+        failures = selftest.failures(
+            arrays,
+            model.precision,
+            lambda inputs: runner({n: a if a.dtype == bool else a.astype(edge) for n, a in inputs.items()}),
+        )
+    if failures:
+        raise ParityError("; ".join(failures))

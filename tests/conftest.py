@@ -1,0 +1,42 @@
+"""Fixtures that cost a trace are made once per session; everything else is made where it is used."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import bca_deploy
+from bca_deploy.attention import build
+from bca_deploy.bundle import Bundle
+from bca_deploy.checkpoint import Checkpoint, from_module
+from bca_deploy.spec import LayerSpec
+
+SMALL = {"dim": 24, "context_dim": 16, "heads": 3, "dim_head": 8}
+
+
+def make_spec(**changes: object) -> LayerSpec:
+    """A small layer whose sizes are all different, so that a mixed-up axis shows."""
+    return LayerSpec(**{**SMALL, **changes})  # type: ignore[arg-type]
+
+
+def make_checkpoint(seed: int = 0, **changes: object) -> Checkpoint:
+    """The small layer with seeded weights; norms and biases are random too, or half of the mistakes would not show."""
+    torch.manual_seed(seed)
+    module = build(make_spec(**changes))
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
+    return from_module(module)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with an fp32 and an fp16 model of a masked prenorm layer. Do not change it; copy its directory."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    module = make_checkpoint(prenorm=True).module(torch.float32)
+    return bca_deploy.export(module, out, precision=("fp32", "fp16"))
+
+
+@pytest.fixture
+def repository() -> Path:
+    return Path(__file__).resolve().parents[1]
