@@ -17,8 +17,8 @@ from bca_deploy.manifest import Manifest
 from bca_deploy.spec import Axis, DimRange, LayerSpec
 
 if TYPE_CHECKING:
-    from bca_deploy.parity import Verdict
     from bca_deploy.pipeline import Plan
+    from bca_deploy.verdict import Verdict
 
 # Markup off: shapes such as [batch, x_len] are not styles. Wide where there is no terminal to fit: tables go to logs whole.
 _out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -85,7 +85,7 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
 def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -> None:
     """Print the parity table of each model and where the bundle is."""
     if as_json:
-        from bca_deploy.pipeline import report
+        from bca_deploy.verdict import report
 
         models = [{k: v for k, v in report(verdict).items() if k != "results"} for verdict in verdicts]
         _print_json({"bundle": str(where), "passed": all(verdicts), "models": models})

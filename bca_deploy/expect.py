@@ -12,8 +12,8 @@ from torch import nn
 from bca_deploy.cases import Case, Family, make_inputs
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError, ParityError, nearest
-from bca_deploy.parity import EAGER_FACTOR, ROUNDOFF_FACTOR, run_module, true_outputs
 from bca_deploy.spec import UNIT_ROUNDOFF, Dims, Interface, LayerSpec, Precision
+from bca_deploy.truth import allowed_error, run_module, true_outputs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -105,7 +105,7 @@ def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
 def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], eager: NDArray[Any], roundoff: float) -> None:
     if got.shape != true.shape:
         raise ParityError(f"the sample's {name} has shape {got.shape}, the layer gives {true.shape}")
-    allowed = EAGER_FACTOR * float(np.abs(eager - true).max()) + ROUNDOFF_FACTOR * roundoff * float(np.abs(true).max())
+    allowed = allowed_error(eager - true, true, roundoff)
     worst = float(np.abs(got.astype(np.float64) - true).max())
     if not worst <= allowed:
         raise ParityError(

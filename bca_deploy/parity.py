@@ -13,35 +13,38 @@ weights; what rounding the weights does is reported beside it.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bca_deploy.attention import BidirectionalCrossAttention
-from bca_deploy.cases import LOGIT_TARGETS, NUMPY_DTYPES, Case, Scope, Sharpness, make_inputs, matrix
-from bca_deploy.checkpoint import Checkpoint, State
+from bca_deploy.cases import NUMPY_DTYPES, Scope, Sharpness, make_inputs, matrix
+from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError
 from bca_deploy.lowering import DTYPES
-from bca_deploy.runners import Runner, is_query_weight, ort_runner, sharpened_copy, strict_runner_of
+from bca_deploy.runners import Runner, ort_runner, sharpened_copy, strict_runner_of
 from bca_deploy.spec import UNIT_ROUNDOFF, Dims, Interface, Precision
+from bca_deploy.truth import (
+    allowed_error,
+    live_rows,
+    masks_of,
+    mean_square,
+    rounded_checkpoint,
+    run_module,
+    sharpen,
+    sharpening,
+    true_outputs,
+)
+from bca_deploy.verdict import REGIONS, CaseResult, Region, RegionError, Verdict, pool, problems
 
 Array = NDArray[Any]
-Region = Literal["live", "dead"]
-REGIONS: tuple[Region, ...] = get_args(Region)
-
-POOLED_RATIO = 1.5
-EAGER_FACTOR = 2.0
-ROUNDOFF_FACTOR = 4.0
 
 #: The strict evaluator is plain numpy: cases with more attention weights than this are left to onnxruntime.
 STRICT_WEIGHTS = 100_000
-# Logits this far below their row's and their column's maximum weigh exp(-50), nothing at any precision here.
-_WEIGHTLESS = 50.0
 
 
 @dataclass(frozen=True)
@@ -63,105 +66,6 @@ class Subject:
     dims: Dims
     precision: Precision
     keep_io_types: bool
-
-
-@dataclass(frozen=True)
-class RegionError:
-    """Errors over the live or the dead rows of one case, relative to the RMS of each output's truth except where said.
-
-    Attributes:
-        count: values compared.
-        squares: sum of the squared relative errors.
-        eager_squares: the same for PyTorch eager; NaN where eager is not finite.
-        mean: mean relative error.
-        p99: 99th percentile.
-        max: largest absolute error.
-        bound: what the rule allows for ``max``, at the output where it is tightest.
-    """
-
-    count: int
-    squares: float
-    eager_squares: float
-    mean: float
-    p99: float
-    max: float
-    bound: float
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What one runtime made of one case."""
-
-    case: str
-    family: str
-    sharpness: Sharpness
-    runtime: str
-    regions: dict[Region, RegionError]
-    cosine: float
-    failures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Group:
-    """All cases of one family and sharpness under one runtime; ratios are RMS error over eager's, None where empty."""
-
-    family: str
-    sharpness: Sharpness
-    runtime: str
-    cases: int
-    live_ratio: float | None
-    dead_ratio: float | None
-    rms: float
-    mean: float
-    p99: float
-    max: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome for one model; true where it passed.
-
-    Attributes:
-        precision: of the model.
-        scope: ``quick`` or ``full``, or ``inputs`` for the user's own.
-        results: every case under every runtime.
-        groups: the same pooled.
-        failures: one sentence each; empty where it passed.
-        weight_rounding: RMS change of the outputs, relative, from rounding the weights to the precision; no part of the rule.
-        notes: what was left out, and why.
-    """
-
-    precision: Precision
-    scope: str
-    results: tuple[CaseResult, ...]
-    groups: tuple[Group, ...]
-    failures: tuple[str, ...]
-    weight_rounding: float
-    notes: tuple[str, ...] = field(default=())
-
-    def __bool__(self) -> bool:
-        return not self.failures
-
-    def joined(self, other: "Verdict") -> "Verdict":
-        """Return this verdict with the other's cases, groups and failures added."""
-        return replace(
-            self,
-            results=self.results + other.results,
-            groups=self.groups + other.groups,
-            failures=self.failures + other.failures,
-        )
-
-    @property
-    def worst_ratio(self) -> float:
-        """The largest pooled ratio of any group and region."""
-        ratios = [ratio for group in self.groups for ratio in (group.live_ratio, group.dead_ratio) if ratio is not None]
-        return max(ratios, default=0.0)
-
-    @property
-    def cases(self) -> int:
-        """Distinct cases, however many runtimes ran each."""
-        return len({result.case for result in self.results})
 
 
 def judge(subject: Subject, scope: Scope, on_case: Callable[[int, int], None] | None = None) -> Verdict:
@@ -223,7 +127,7 @@ def refuse_undefined_rows(inputs: Mapping[str, Array]) -> None:
     if bias is None or np.isfinite(bias).all():
         return
     batch = inputs["x"].shape[0]
-    mask, context_mask = _masks(inputs)
+    mask, context_mask = masks_of(inputs)
     shut = np.isneginf(np.broadcast_to(bias, (batch, *np.broadcast_shapes(bias.shape, (1, 1, 1))[-3:])))
     for axis, own, other, what in ((-1, mask, context_mask, "x"), (-2, context_mask, mask, "context")):
         others = other[:, None, None, :] if axis == -1 else other[:, None, :, None]
@@ -240,12 +144,6 @@ def refuse_undefined_rows(inputs: Mapping[str, Array]) -> None:
 def _rounded(sample: Mapping[str, Array], precision: Precision) -> dict[str, Array]:
     dtype = NUMPY_DTYPES[precision]
     return {name: a if a.dtype == bool else a.astype(dtype).astype(np.float32) for name, a in sample.items()}
-
-
-def _masks(inputs: Mapping[str, Array]) -> tuple[Array, Array]:
-    x, context = inputs["x"], inputs["context"]
-    mask = inputs.get("mask", np.ones(x.shape[:2], dtype=bool))
-    return mask, inputs.get("context_mask", np.ones(context.shape[:2], dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -284,7 +182,7 @@ class _Benches:
         eager = run_module(bench.eager, inputs, subject.interface, DTYPES[subject.precision])
         if sharpness == "plain" and len(self.changes) < 4:
             self.changes.append(self._weight_change(inputs, truth))
-        trial = _Trial(truth, eager, _regions(inputs, truth), UNIT_ROUNDOFF[subject.precision] * (1 + largest_logit))
+        trial = _Trial(truth, eager, live_rows(inputs, truth), UNIT_ROUNDOFF[subject.precision] * (1 + largest_logit))
         small = next(iter(truth.values())).shape[0] * subject.checkpoint.spec.heads * _pairs(inputs) <= STRICT_WEIGHTS
         edges = _at_edges(inputs, subject)
         return [
@@ -296,7 +194,7 @@ class _Benches:
     def _make(self, sharpness: Sharpness) -> _Bench:
         subject = self.subject
         dtype = DTYPES[subject.precision]
-        rounded = _rounded_checkpoint(subject.checkpoint, dtype)
+        rounded = rounded_checkpoint(subject.checkpoint, dtype)
         factor = sharpening(rounded, sharpness, subject.precision)
         sharp = Checkpoint(rounded.spec, sharpen(rounded.state, factor))
         path = subject.path if factor == 1.0 else sharpened_copy(subject.path, factor, Path(self.copies.name))
@@ -309,7 +207,7 @@ class _Benches:
 
     def _weight_change(self, inputs: dict[str, Array], truth: dict[str, Array]) -> float:
         exact = run_module(self.subject.checkpoint.module(torch.float64), inputs, self.subject.interface, torch.float64)
-        return float(np.sqrt(np.mean([np.mean((truth[k] - exact[k]) ** 2) / _mean_square(exact[k]) for k in truth])))
+        return float(np.sqrt(np.mean([np.mean((truth[k] - exact[k]) ** 2) / mean_square(exact[k]) for k in truth])))
 
     def weight_rounding(self) -> float:
         return float(np.mean(self.changes)) if self.changes else 0.0
@@ -320,111 +218,8 @@ def _at_edges(inputs: Mapping[str, Array], subject: Subject) -> dict[str, Array]
     return {name: a if a.dtype == bool else a.astype(dtype) for name, a in inputs.items()}
 
 
-def sharpen(state: State, factor: float) -> State:
-    """Return the state with every ``to_qk`` scaled; ``factor`` is a power of two, so no weight is rounded."""
-    return {name: tensor * factor if is_query_weight(name) else tensor for name, tensor in state.items()}
-
-
-def sharpening(checkpoint: Checkpoint, sharpness: Sharpness, precision: Precision) -> float:
-    """Return the power of two that brings the largest |logit| of a probe near the sharpness's target, 1 for ``plain``."""
-    if sharpness == "plain":
-        return 1.0
-    target = LOGIT_TARGETS[sharpness][precision]
-    spec = checkpoint.spec
-    probe = make_inputs(Case("no mask", "plain", 2, 16, 16, 0), spec, Interface(False, False), "fp32")
-    _, largest = true_outputs(checkpoint.module(torch.float64), probe, Interface(False, False), weightless=np.inf)
-    return float(2.0 ** np.floor(np.log2(target / largest))) if largest else 1.0
-
-
-def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
-    """Run a reference module in ``dtype`` and return its outputs by name as float64."""
-    names = ("out", "context_out", "attn", "context_attn")
-    tensors = {name: torch.from_numpy(a) if a.dtype == bool else torch.from_numpy(a).to(dtype) for name, a in inputs.items()}
-    extra = {"return_attn": True} if interface.attention_maps else {}
-    with torch.no_grad():
-        return {name: tensor.double().numpy() for name, tensor in zip(names, module(**tensors, **extra), strict=False)}
-
-
-def true_outputs(
-    module: nn.Module, inputs: Mapping[str, Array], interface: Interface, weightless: float = _WEIGHTLESS
-) -> tuple[dict[str, Array], float]:
-    """Return the float64 outputs and the largest live |logit| of any layer that carries weight."""
-    largest = [0.0]
-    mask, context_mask = _masks(inputs)
-    live = torch.from_numpy(mask[:, None, :, None] & context_mask[:, None, None, :])
-
-    def look(layer: BidirectionalCrossAttention, args: Any, kwargs: Any) -> None:
-        x, context = layer.norm(args[0]), layer.context_norm(args[1])
-        largest.append(_weighty(layer.similarity(x, context, kwargs.get("rel_pos_bias")), live, weightless))
-
-    layers = [m for m in module.modules() if isinstance(m, BidirectionalCrossAttention)]
-    hooks = [layer.register_forward_pre_hook(_positional(look), with_kwargs=True) for layer in layers]
-    outputs = run_module(module, inputs, interface, torch.float64)
-    for hook in hooks:
-        hook.remove()
-    return outputs, max(largest)
-
-
-def truth_and_bounds(
-    checkpoint: Checkpoint, inputs: dict[str, Array], interface: Interface, precision: Precision
-) -> tuple[dict[str, Array], dict[str, float]]:
-    """Return the float64 outputs on the rounded weights, and the largest error that the per-case rule allows for each.
-
-    Args:
-        checkpoint: the layer with its original weights.
-        inputs: float32 arrays that ``precision`` represents exactly, and bool masks.
-        interface: decides whether attention maps are outputs.
-        precision: of the weights and of PyTorch eager.
-    """
-    rounded = _rounded_checkpoint(checkpoint, DTYPES[precision])
-    truth, largest = true_outputs(rounded.module(torch.float64), inputs, interface)
-    eager = run_module(rounded.module(DTYPES[precision]), inputs, interface, DTYPES[precision])
-    roundoff = UNIT_ROUNDOFF[precision] * (1 + largest)
-    return truth, {name: _bound(eager[name] - true, true, roundoff) for name, true in truth.items()}
-
-
-def _bound(eager_error: Array, truth: Array, roundoff: float) -> float:
-    eager_max = float(np.abs(eager_error).max()) if np.isfinite(eager_error).all() else 0.0
-    return EAGER_FACTOR * eager_max + ROUNDOFF_FACTOR * roundoff * float(np.abs(truth).max())
-
-
-def _rounded_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
-    return Checkpoint(checkpoint.spec, {name: tensor.to(dtype) for name, tensor in checkpoint.state.items()})
-
-
-def _positional(look: Callable[..., None]) -> Callable[..., None]:
-    """Give ``look`` x and context as positional arguments however the layer was called."""
-
-    def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        look(layer, args or (kwargs["x"], kwargs["context"]), kwargs)
-
-    return hook
-
-
-def _weighty(sim: torch.Tensor, live: torch.Tensor, weightless: float) -> float:
-    """Return the largest |logit| among live pairs near the maximum of their row or of their column."""
-    sim = sim.masked_fill(~live, -torch.inf)
-    near = (sim > sim.amax(-1, keepdim=True) - weightless) | (sim > sim.amax(-2, keepdim=True) - weightless)
-    chosen = sim[near & torch.isfinite(sim)]
-    return float(chosen.abs().max()) if chosen.numel() else 0.0
-
-
 def _pairs(inputs: Mapping[str, Array]) -> int:
     return int(inputs["x"].shape[1] * inputs["context"].shape[1])
-
-
-def _regions(inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Return for each output a bool array that broadcasts against it: true where the row is live."""
-    mask, context_mask = _masks(inputs)
-    rows = mask & context_mask.any(-1, keepdims=True)
-    columns = context_mask & mask.any(-1, keepdims=True)
-    shapes = {"out": rows[..., None], "context_out": columns[..., None]}
-    shapes |= {"attn": rows[:, None, :, None], "context_attn": columns[:, None, None, :]}
-    return {name: np.broadcast_to(shapes[name], outputs[name].shape) for name in outputs}
-
-
-def _mean_square(values: Array) -> float:
-    return max(float(np.mean(values**2)), np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -459,12 +254,12 @@ class _Trial:
             if not rows.any():
                 continue
             error, eager = np.abs(outputs[key] - truth)[rows], np.abs(self.eager[key] - truth)[rows]
-            bound = _bound(eager, truth, self.roundoff)
+            bound = allowed_error(eager, truth, self.roundoff)
             worst = float(error.max())
             if not worst <= bound:
                 problems.append(f"{key}, {region} rows: largest error {worst:.3g}, allowed {bound:.3g}")
             tightest = max(tightest, (worst, bound), key=lambda pair: pair[0] / max(pair[1], 1e-300))
-            scale = np.sqrt(_mean_square(truth))
+            scale = np.sqrt(mean_square(truth))
             relative.append(error / scale)
             eager_relative.append(eager / scale)
         if not relative:
@@ -490,51 +285,9 @@ def _cosine(a: Array, b: Array) -> float:
 
 
 def _verdict(subject: Subject, scope: str, results: list[CaseResult], weight_rounding: float) -> Verdict:
-    keys = dict.fromkeys((r.runtime, r.family, r.sharpness) for r in results)
-    groups = [_group([r for r in results if (r.runtime, r.family, r.sharpness) == key]) for key in keys]
-    failures = [f"{r.case} under {r.runtime}: {problem}" for r in results for problem in r.failures]
-    failures += [problem for group in groups for problem in _pooled_problems(group)]
-    return Verdict(
-        subject.precision, scope, tuple(results), tuple(groups), tuple(failures), weight_rounding, tuple(_notes(subject))
-    )
-
-
-def _group(results: list[CaseResult]) -> Group:
-    first = results[0]
-    errors = [error for r in results for error in r.regions.values()]
-    count = max(sum(e.count for e in errors), 1)
-    return Group(
-        first.family,
-        first.sharpness,
-        first.runtime,
-        len(results),
-        live_ratio=_pooled_ratio(r.regions.get("live") for r in results),
-        dead_ratio=_pooled_ratio(r.regions.get("dead") for r in results),
-        rms=float(np.sqrt(sum(e.squares for e in errors) / count)),
-        mean=sum(e.mean * e.count for e in errors) / count,
-        p99=max((e.p99 for e in errors), default=0.0),
-        max=max((e.max for e in errors), default=0.0),
-        cosine=min(r.cosine for r in results),
-    )
-
-
-def _pooled_ratio(errors: Iterable[RegionError | None]) -> float | None:
-    """Return RMS error over eager's; every case weighs the same, whatever its size."""
-    found = [e for e in errors if e is not None and np.isfinite(e.eager_squares)]
-    if not found:
-        return None
-    ours = sum(e.squares / e.count for e in found)
-    eager = sum(e.eager_squares / e.count for e in found)
-    return float(np.sqrt(ours / eager)) if eager else (0.0 if ours == 0 else float("inf"))
-
-
-def _pooled_problems(group: Group) -> Iterable[str]:
-    for region, ratio in (("live", group.live_ratio), ("dead", group.dead_ratio)):
-        if ratio is not None and ratio > POOLED_RATIO:
-            yield (
-                f"{group.family} {group.sharpness} under {group.runtime}, {region} rows: RMS error {ratio:.3g} times "
-                f"PyTorch eager's, allowed {POOLED_RATIO}"
-            )
+    found = tuple(results)
+    groups = pool(found)
+    return Verdict(subject.precision, scope, found, groups, problems(found, groups), weight_rounding, tuple(_notes(subject)))
 
 
 def _notes(subject: Subject) -> Iterable[str]:

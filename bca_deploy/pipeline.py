@@ -37,10 +37,11 @@ from bca_deploy.manifest import (
     TensorEntry,
 )
 from bca_deploy.onnx_graph import check_opset, trace, write
-from bca_deploy.parity import Subject, Verdict, judge, judge_inputs
+from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.recipe import Recipe, read_recipe
 from bca_deploy.spec import Axis, Lowering, Precision
 from bca_deploy.store import check_target, staged
+from bca_deploy.verdict import Verdict, report, significant
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -252,7 +253,7 @@ def _model_entry(plan: Plan, precision: Precision, path: Path, nodes: int, verdi
             scope=recipe.parity,
             cases=verdict.cases,
             runtimes=tuple(dict.fromkeys(result.runtime for result in verdict.results)),
-            worst_ratio=_significant(verdict.worst_ratio),
+            worst_ratio=significant(verdict.worst_ratio),
         ),
     )
 
@@ -285,34 +286,6 @@ def _finish(plan: Plan, models: list[ModelEntry], verdicts: tuple[Verdict, ...],
     )
     (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _write_json(directory / BUILD_FILE, {"seconds": clock.seconds, "finished_unix_s": round(time.time(), 3)})
-
-
-def report(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as JSON data, figures to four significant digits."""
-    return {
-        "precision": verdict.precision,
-        "scope": verdict.scope,
-        "passed": bool(verdict),
-        "cases": verdict.cases,
-        "worst_ratio": _significant(verdict.worst_ratio),
-        "weight_rounding_rms": _significant(verdict.weight_rounding),
-        "notes": list(verdict.notes),
-        "failures": list(verdict.failures),
-        "groups": [_round(asdict(group)) for group in verdict.groups],
-        "results": [_round(asdict(result)) for result in verdict.results],
-    }
-
-
-def _round(value: Any) -> Any:
-    if isinstance(value, float):
-        return _significant(value)
-    if isinstance(value, dict):
-        return {key: _round(item) for key, item in value.items()}
-    return [_round(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -15,9 +15,10 @@ from bca_deploy.cases import NUMPY_DTYPES, Scope
 from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
-from bca_deploy.parity import Subject, Verdict, judge, judge_inputs
+from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.pipeline import Progress, Silent
 from bca_deploy.runners import Runner, ort_runner, strict_runner_of
+from bca_deploy.verdict import Verdict
 
 Arrays = dict[str, NDArray[Any]]
 

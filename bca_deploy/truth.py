@@ -1,0 +1,137 @@
+"""The float64 truth of a case, PyTorch eager beside it, and the error that the rule allows for one case."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bca_deploy.attention import BidirectionalCrossAttention
+from bca_deploy.cases import LOGIT_TARGETS, Case, Sharpness, make_inputs
+from bca_deploy.checkpoint import Checkpoint, State
+from bca_deploy.lowering import DTYPES
+from bca_deploy.runners import is_query_weight
+from bca_deploy.spec import UNIT_ROUNDOFF, Interface, Precision
+
+Array = NDArray[Any]
+
+EAGER_FACTOR = 2.0
+ROUNDOFF_FACTOR = 4.0
+
+# Logits this far below their row's and their column's maximum weigh exp(-50), nothing at any precision here.
+_WEIGHTLESS = 50.0
+
+
+def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
+    """Run a reference module in ``dtype`` and return its outputs by name as float64."""
+    names = ("out", "context_out", "attn", "context_attn")
+    tensors = {name: torch.from_numpy(a) if a.dtype == bool else torch.from_numpy(a).to(dtype) for name, a in inputs.items()}
+    extra = {"return_attn": True} if interface.attention_maps else {}
+    with torch.no_grad():
+        return {name: tensor.double().numpy() for name, tensor in zip(names, module(**tensors, **extra), strict=False)}
+
+
+def true_outputs(
+    module: nn.Module, inputs: Mapping[str, Array], interface: Interface, weightless: float = _WEIGHTLESS
+) -> tuple[dict[str, Array], float]:
+    """Return the float64 outputs and the largest live |logit| of any layer that carries weight."""
+    largest = [0.0]
+    mask, context_mask = masks_of(inputs)
+    live = torch.from_numpy(mask[:, None, :, None] & context_mask[:, None, None, :])
+
+    def look(layer: BidirectionalCrossAttention, args: Any, kwargs: Any) -> None:
+        x, context = layer.norm(args[0]), layer.context_norm(args[1])
+        largest.append(_weighty(layer.similarity(x, context, kwargs.get("rel_pos_bias")), live, weightless))
+
+    layers = [m for m in module.modules() if isinstance(m, BidirectionalCrossAttention)]
+    hooks = [layer.register_forward_pre_hook(_positional(look), with_kwargs=True) for layer in layers]
+    outputs = run_module(module, inputs, interface, torch.float64)
+    for hook in hooks:
+        hook.remove()
+    return outputs, max(largest)
+
+
+def truth_and_bounds(
+    checkpoint: Checkpoint, inputs: dict[str, Array], interface: Interface, precision: Precision
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Return the float64 outputs on the rounded weights, and the largest error that the per-case rule allows for each.
+
+    Args:
+        checkpoint: the layer with its original weights.
+        inputs: float32 arrays that ``precision`` represents exactly, and bool masks.
+        interface: decides whether attention maps are outputs.
+        precision: of the weights and of PyTorch eager.
+    """
+    rounded = rounded_checkpoint(checkpoint, DTYPES[precision])
+    truth, largest = true_outputs(rounded.module(torch.float64), inputs, interface)
+    eager = run_module(rounded.module(DTYPES[precision]), inputs, interface, DTYPES[precision])
+    roundoff = UNIT_ROUNDOFF[precision] * (1 + largest)
+    return truth, {name: allowed_error(eager[name] - true, true, roundoff) for name, true in truth.items()}
+
+
+def allowed_error(eager_error: Array, truth: Array, roundoff: float) -> float:
+    """Return the largest error that the rule in parity.py allows; ``roundoff`` is ``u * (1 + L)``."""
+    eager_max = float(np.abs(eager_error).max()) if np.isfinite(eager_error).all() else 0.0
+    return EAGER_FACTOR * eager_max + ROUNDOFF_FACTOR * roundoff * float(np.abs(truth).max())
+
+
+def rounded_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """Return the checkpoint with its weights rounded to ``dtype``."""
+    return Checkpoint(checkpoint.spec, {name: tensor.to(dtype) for name, tensor in checkpoint.state.items()})
+
+
+def _positional(look: Callable[..., None]) -> Callable[..., None]:
+    """Give ``look`` x and context as positional arguments however the layer was called."""
+
+    def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        look(layer, args or (kwargs["x"], kwargs["context"]), kwargs)
+
+    return hook
+
+
+def _weighty(sim: torch.Tensor, live: torch.Tensor, weightless: float) -> float:
+    """Return the largest |logit| among live pairs near the maximum of their row or of their column."""
+    sim = sim.masked_fill(~live, -torch.inf)
+    near = (sim > sim.amax(-1, keepdim=True) - weightless) | (sim > sim.amax(-2, keepdim=True) - weightless)
+    chosen = sim[near & torch.isfinite(sim)]
+    return float(chosen.abs().max()) if chosen.numel() else 0.0
+
+
+def sharpen(state: State, factor: float) -> State:
+    """Return the state with every ``to_qk`` scaled; ``factor`` is a power of two, so no weight is rounded."""
+    return {name: tensor * factor if is_query_weight(name) else tensor for name, tensor in state.items()}
+
+
+def sharpening(checkpoint: Checkpoint, sharpness: Sharpness, precision: Precision) -> float:
+    """Return the power of two that brings the largest |logit| of a probe near the sharpness's target, 1 for ``plain``."""
+    if sharpness == "plain":
+        return 1.0
+    target = LOGIT_TARGETS[sharpness][precision]
+    spec = checkpoint.spec
+    probe = make_inputs(Case("no mask", "plain", 2, 16, 16, 0), spec, Interface(False, False), "fp32")
+    _, largest = true_outputs(checkpoint.module(torch.float64), probe, Interface(False, False), weightless=np.inf)
+    return float(2.0 ** np.floor(np.log2(target / largest))) if largest else 1.0
+
+
+def masks_of(inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return both masks, all true where absent."""
+    x, context = inputs["x"], inputs["context"]
+    mask = inputs.get("mask", np.ones(x.shape[:2], dtype=bool))
+    return mask, inputs.get("context_mask", np.ones(context.shape[:2], dtype=bool))
+
+
+def live_rows(inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return for each output a bool array that broadcasts against it: true where the row is live."""
+    mask, context_mask = masks_of(inputs)
+    rows = mask & context_mask.any(-1, keepdims=True)
+    columns = context_mask & mask.any(-1, keepdims=True)
+    shapes = {"out": rows[..., None], "context_out": columns[..., None]}
+    shapes |= {"attn": rows[:, None, :, None], "context_attn": columns[:, None, None, :]}
+    return {name: np.broadcast_to(shapes[name], outputs[name].shape) for name in outputs}
+
+
+def mean_square(values: Array) -> float:
+    """Return the mean of the squares, never quite 0."""
+    return max(float(np.mean(values**2)), np.finfo(np.float64).tiny)
