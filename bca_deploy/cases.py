@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -22,13 +22,12 @@ NUMPY_DTYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "b
 #: Each scope runs at least this many cases.
 LEAST_CASES: dict[Scope, int] = {"quick": 40, "full": 200}
 
-#: The largest |logit| that the query weights are scaled to. Random weights make attention nearly uniform, which hides
-#: everything; ``steep`` tells a mask's fill of -10000 from the true one. In float16 eager's unscaled
-#: product must still fit.
-LOGIT_TARGETS: dict[Sharpness, dict[Precision, float]] = {
-    "sharp": {"fp32": 30.0, "fp16": 30.0, "bf16": 30.0},
-    "steep": {"fp32": 2e4, "fp16": 5.5e3, "bf16": 2e4},
-}
+# Random weights make attention nearly uniform, which hides everything, so the query weights are scaled until the largest
+# |logit| is about this. ``steep`` tells a mask's fill of -10000 from the true one.
+_LOGIT_TARGETS: dict[Sharpness, float] = {"sharp": 30.0, "steep": 2e4}
+# In float16 no logit may overflow, neither here nor, before it is scaled, in PyTorch eager.
+_FLOAT16_STEEP = 7000.0
+_FLOAT16_MAX = 65504.0
 
 # Each length pair at its scope's cap; equal lengths are there because swapped masks or an unturned bias fit no others.
 _LENGTHS: dict[Scope, tuple[tuple[int, int], ...]] = {
@@ -85,7 +84,13 @@ def families(spec: LayerSpec, interface: Interface) -> list[Family]:
     return found
 
 
-def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope) -> list[Case]:
+def logit_target(sharpness: Sharpness, precision: Precision, scale: float) -> float:
+    """Return the largest |logit| to aim at."""
+    target = _LOGIT_TARGETS[sharpness]
+    return min(target, _FLOAT16_STEEP, 0.8 * _FLOAT16_MAX * scale) if precision == "fp16" else target
+
+
+def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, most_weights: int | None = None) -> list[Case]:
     """Return the cases of one scope: families x lengths x sharpness x seeds, within the memory and work budgets.
 
     Args:
@@ -93,13 +98,23 @@ def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope) -> l
         interface: decides the families.
         dims: every case lies inside these ranges.
         scope: ``quick`` (at least 40 cases) or ``full`` (at least 200).
+        most_weights: attention weights (batch x heads x lengths) that a case may have at most, for a slow runtime.
+
+    Returns:
+        Distinct cases. Those too large for a budget are halved in length until they fit or the ranges forbid it.
     """
-    cases: list[Case] = []
+
+    def fits(case: Case) -> bool:
+        allowance = WORK_BUDGET[scope] / LEAST_CASES[scope] * (8 if case.batch == 1 else 2)
+        small = most_weights is None or _weights(case, spec) <= most_weights
+        return small and _weights(case, spec) * 6 * 8 <= MEMORY_BUDGET_BYTES and _work(case, spec) <= allowance
+
+    cases: dict[Case, None] = {}
     for seed in itertools.count():
-        cases += [case for case in _one_seed(spec, interface, dims, scope, seed) if case not in cases]
+        cases |= dict.fromkeys(_shrink(case, dims, fits) for case in _one_seed(spec, interface, dims, scope, seed))
         if len(cases) >= LEAST_CASES[scope]:
-            return _within_budget(cases, spec, dims, scope)
-    raise AssertionError  # pragma: no cover  (count() never ends)
+            break
+    return list(cases)
 
 
 def _one_seed(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, seed: int) -> Iterator[Case]:
@@ -120,31 +135,19 @@ def _lengths(dims: Dims, scope: Scope) -> list[tuple[int, int]]:
     return list(dict.fromkeys((dims.x_len.clip(x_len), dims.context_len.clip(context_len)) for x_len, context_len in pairs))
 
 
-def _within_budget(cases: list[Case], spec: LayerSpec, dims: Dims, scope: Scope) -> list[Case]:
-    """Halve the longest cases until memory and work fit; what the ranges force to be long stays."""
-    share = WORK_BUDGET[scope] / len(cases)
-
-    def shrink(case: Case) -> Case:
-        allowance = share * 12 if case.batch == 1 else share * 3
-        while _memory(case, spec) > MEMORY_BUDGET_BYTES or _work(case, spec) > allowance:
-            smaller = Case(
-                case.family,
-                case.sharpness,
-                case.batch,
-                dims.x_len.clip(case.x_len // 2),
-                dims.context_len.clip(case.context_len // 2),
-                case.seed,
-            )
-            if smaller == case:
-                break
-            case = smaller
-        return case
-
-    return list(dict.fromkeys(map(shrink, cases)))
+def _shrink(case: Case, dims: Dims, fits: Callable[[Case], bool]) -> Case:
+    while not fits(case):
+        smaller = replace(
+            case, x_len=dims.x_len.clip(case.x_len // 2), context_len=dims.context_len.clip(case.context_len // 2)
+        )
+        if smaller == case:
+            break
+        case = smaller
+    return case
 
 
-def _memory(case: Case, spec: LayerSpec) -> int:
-    return 6 * 8 * case.batch * spec.heads * case.x_len * case.context_len
+def _weights(case: Case, spec: LayerSpec) -> int:
+    return case.batch * spec.heads * case.x_len * case.context_len
 
 
 def _work(case: Case, spec: LayerSpec) -> int:

@@ -82,7 +82,9 @@ def judge(subject: Subject, scope: Scope, on_case: Callable[[int, int], None] | 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
     """
-    cases = matrix(subject.checkpoint.spec, subject.interface, subject.dims, scope)
+    # What only the strict evaluator can run must be small enough for it.
+    limit = STRICT_WEIGHTS if subject.precision == "bf16" else None
+    cases = matrix(subject.checkpoint.spec, subject.interface, subject.dims, scope, limit)
     results: list[CaseResult] = []
     with contextlib.closing(_Benches(subject)) as benches:
         for done, case in enumerate(cases, 1):
@@ -186,9 +188,9 @@ class _Benches:
         small = next(iter(truth.values())).shape[0] * subject.checkpoint.spec.heads * _pairs(inputs) <= STRICT_WEIGHTS
         edges = _at_edges(inputs, subject)
         return [
-            trial.judge(name, family, sharpness, runtime, runner(edges))
+            trial.judge(name, family, sharpness, runtime, _outcome(runner, edges))
             for runtime, runner in bench.runners.items()
-            if runtime == "onnxruntime" or small
+            if small or runtime == "onnxruntime" or subject.precision == "bf16"
         ]
 
     def _make(self, sharpness: Sharpness) -> _Bench:
@@ -213,6 +215,14 @@ class _Benches:
         return float(np.mean(self.changes)) if self.changes else 0.0
 
 
+def _outcome(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array] | str:
+    """Return the outputs, or why there are none: a runtime that fails on a case is a finding like any other."""
+    try:
+        return runner(inputs)
+    except Exception as error:  # the runtimes' exceptions share no base
+        return f"failed to run: {str(error).splitlines()[0][:200]}"
+
+
 def _at_edges(inputs: Mapping[str, Array], subject: Subject) -> dict[str, Array]:
     dtype = np.float32 if subject.keep_io_types else NUMPY_DTYPES[subject.precision]
     return {name: a if a.dtype == bool else a.astype(dtype) for name, a in inputs.items()}
@@ -231,7 +241,11 @@ class _Trial:
     live: dict[str, Array]
     roundoff: float
 
-    def judge(self, name: str, family: str, sharpness: Sharpness, runtime: str, outputs: Mapping[str, Array]) -> CaseResult:
+    def judge(
+        self, name: str, family: str, sharpness: Sharpness, runtime: str, outputs: Mapping[str, Array] | str
+    ) -> CaseResult:
+        if isinstance(outputs, str):
+            return CaseResult(name, family, sharpness, runtime, {}, 0.0, (outputs,))
         wide = {key: np.asarray(outputs[key]).astype(np.float64) for key in self.truth}
         bad = [f"{key} has {int((~np.isfinite(a)).sum())} NaN or Inf" for key, a in wide.items() if not np.isfinite(a).all()]
         wrong = [f"{key} has shape {a.shape}" for key, a in wide.items() if a.shape != self.truth[key].shape]

@@ -49,7 +49,7 @@ def strict_runner_of(path: Path) -> Runner:
 
 
 def sharpened_copy(path: Path, factor: float, directory: Path) -> Path:
-    """Write a copy of the model whose ``to_qk`` weights are multiplied by ``factor``, a power of two.
+    """Write a copy of the model whose ``to_qk`` weights are multiplied by ``factor`` in float32 and rounded again.
 
     A copy, not an override of initializers when the session is made: onnxruntime ignores that for float16 weights.
 
@@ -60,7 +60,8 @@ def sharpened_copy(path: Path, factor: float, directory: Path) -> Path:
     for name, value in model.graph.initializers.items():
         if is_query_weight(name) and value.const_value is not None:
             array = value.const_value.numpy()
-            value.const_value = ir.tensor(np.ascontiguousarray(array * array.dtype.type(factor)), name=name)
+            scaled = (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
+            value.const_value = ir.tensor(scaled, name=name)
     copy = directory / f"sharpened-{factor:g}.onnx"
     ir.save(model, copy, external_data=f"{copy.name}.data" if model_is_external(path) else None)
     return copy

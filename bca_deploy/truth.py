@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bca_deploy.attention import BidirectionalCrossAttention
-from bca_deploy.cases import LOGIT_TARGETS, Case, Sharpness, make_inputs
+from bca_deploy.cases import Case, Sharpness, logit_target, make_inputs
 from bca_deploy.checkpoint import Checkpoint, State
 from bca_deploy.lowering import DTYPES
 from bca_deploy.runners import is_query_weight
@@ -22,6 +22,8 @@ ROUNDOFF_FACTOR = 4.0
 
 # Logits this far below their row's and their column's maximum weigh exp(-50), nothing at any precision here.
 _WEIGHTLESS = 50.0
+_UNMASKED = Interface(mask=False, context_mask=False)
+_RANDOM = Case("no mask", "plain", 2, 16, 16, 0)
 
 
 def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
@@ -100,19 +102,28 @@ def _weighty(sim: torch.Tensor, live: torch.Tensor, weightless: float) -> float:
 
 
 def sharpen(state: State, factor: float) -> State:
-    """Return the state with every ``to_qk`` scaled; ``factor`` is a power of two, so no weight is rounded."""
-    return {name: tensor * factor if is_query_weight(name) else tensor for name, tensor in state.items()}
+    """Return the state with every ``to_qk`` scaled in float32 and rounded to its own dtype again."""
+    return {name: (t.float() * factor).to(t.dtype) if is_query_weight(name) else t for name, t in state.items()}
 
 
 def sharpening(checkpoint: Checkpoint, sharpness: Sharpness, precision: Precision) -> float:
-    """Return the power of two that brings the largest |logit| of a probe near the sharpness's target, 1 for ``plain``."""
+    """Return what ``to_qk`` is multiplied by to bring the largest |logit| near its target; 1 for ``plain``.
+
+    Eight significant bits: float32 and NumPy and PyTorch hold and apply it alike.
+    """
     if sharpness == "plain":
         return 1.0
-    target = LOGIT_TARGETS[sharpness][precision]
-    spec = checkpoint.spec
-    probe = make_inputs(Case("no mask", "plain", 2, 16, 16, 0), spec, Interface(False, False), "fp32")
-    _, largest = true_outputs(checkpoint.module(torch.float64), probe, Interface(False, False), weightless=np.inf)
-    return float(2.0 ** np.floor(np.log2(target / largest))) if largest else 1.0
+    largest = max(
+        true_outputs(checkpoint.module(torch.float64), probe, _UNMASKED, np.inf)[1] for probe in _probes(checkpoint, sharpness)
+    )
+    mantissa, exponent = np.frexp(logit_target(sharpness, precision, checkpoint.spec.scale) / largest) if largest else (0.5, 1)
+    return float(np.ldexp(np.round(mantissa * 256) / 256, exponent))
+
+
+def _probes(checkpoint: Checkpoint, sharpness: Sharpness) -> list[dict[str, Array]]:
+    """Return inputs like those that the sharpness is for: the ``opposed`` family has one logit per batch row and head."""
+    cases = [Case("opposed", "plain", 8, 1, 1, seed) for seed in range(4)] if sharpness == "steep" else [_RANDOM]
+    return [make_inputs(case, checkpoint.spec, _UNMASKED, "fp32") for case in cases]
 
 
 def masks_of(inputs: Mapping[str, Array]) -> tuple[Array, Array]:
