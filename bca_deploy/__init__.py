@@ -10,7 +10,7 @@ _PUBLIC = {
     "BcaError": "bca_deploy.errors",
     "Bundle": "bca_deploy.bundle",
     "export": "bca_deploy.pipeline",
-    "verify": "bca_deploy.verify",
+    "verify": "bca_deploy.verification",
 }
 
 __all__ = ["BcaError", "Bundle", "__version__", "export", "verify"]

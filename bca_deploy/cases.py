@@ -26,7 +26,7 @@ LEAST_CASES: dict[Scope, int] = {"quick": 40, "full": 200}
 # |logit| is about this. ``steep`` tells a mask's fill of -10000 from the true one.
 _LOGIT_TARGETS: dict[Sharpness, float] = {"sharp": 30.0, "steep": 2e4}
 # In float16 no logit may overflow, neither here nor, before it is scaled, in PyTorch eager.
-_FLOAT16_STEEP = 7000.0
+_FLOAT16_STEEP = 9000.0
 _FLOAT16_MAX = 65504.0
 
 # Each length pair at its scope's cap; equal lengths are there because swapped masks or an unturned bias fit no others.
@@ -34,6 +34,8 @@ _LENGTHS: dict[Scope, tuple[tuple[int, int], ...]] = {
     "quick": ((1, 1), (7, 5), (16, 16)),
     "full": ((1, 1), (1, 9), (7, 5), (33, 33), (96, 130)),
 }
+# Every way to be dead takes four rows; an ``opposed`` row has one logit per head, and only negative ones tell anything.
+_BATCHES: dict[Family, int] = {"dead rows": 4, "opposed": 8}
 _OPT_CAP: dict[Scope, int] = {"quick": 64, "full": 256}
 _LONG_CAP: dict[Scope, int] = {"quick": 256, "full": 2048}
 
@@ -119,7 +121,7 @@ def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, most
 
 def _one_seed(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, seed: int) -> Iterator[Case]:
     for family, (x_len, context_len) in itertools.product(families(spec, interface), _lengths(dims, scope)):
-        batch = dims.batch.clip(4 if family == "dead rows" else 2)
+        batch = dims.batch.clip(_BATCHES.get(family, 2))
         levels: tuple[Sharpness, ...] = ("steep",) if family == "opposed" else ("plain", "sharp")
         for sharpness in levels:
             yield Case(family, sharpness, batch, x_len, context_len, seed)

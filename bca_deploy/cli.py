@@ -187,11 +187,11 @@ def verify_command(
     Exit codes: 0 passed, 1 parity failed, 2 bad input or damaged bundle.
     """
     with _guarded(verbose):
-        verify = _need("verify")
+        verification = _need("verification")
         from bca_deploy import console
 
         with console.progress() as progress:
-            verdicts = verify.verify(bundle, inputs=inputs or (), scope=parity, progress=progress)
+            verdicts = verification.verify(bundle, inputs=inputs or (), scope=parity, progress=progress)
         console.show_verdicts(verdicts, as_json, bundle)
         if not all(verdicts):
             raise typer.Exit(1)

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ State = dict[str, Tensor]
 SUFFIXES = (".pt", ".pth", ".safetensors")
 TRANSFORMER: dict[str, Any] = {"prenorm": True, "norm": "rms", "depth": 2, "ff_hidden": 10, "context_ff_hidden": 14}
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
+few = settings(max_examples=40, deadline=None, derandomize=True, report_multiple_bugs=False)
 
 
 def save(state: State, path: Path) -> Path:
@@ -137,7 +136,7 @@ def inside_a_model(state: State, prefix: str) -> State:
     other = {
         "head.weight": torch.full((2, 2), torch.nan),
         "steps": torch.tensor(7),
-        f"{prefix.split('.')[0]}2.bias": torch.ones(3),
+        f"{prefix.partition('.')[0]}2.bias": torch.ones(3),
     }
     return other | prefixed(prefix, state)
 
@@ -724,7 +723,7 @@ def test_transposed_weights_are_made_contiguous(tmp_path: Path) -> None:
     turned = state | {"to_v.weight": state["to_v.weight"].t().contiguous().t()}
     found = from_state(turned, 3)
     assert all(tensor.is_contiguous() for tensor in found.state.values())
-    assert_same(found, Checkpoint(replace(make_spec()), state))
+    assert_same(found, Checkpoint(make_spec(), state))
 
 
 def test_keys_come_in_one_order_whatever_the_order_in_the_file() -> None:
