@@ -54,7 +54,10 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Group:
-    """All cases of one family and sharpness under one runtime; ratios are RMS error over eager's, None where empty."""
+    """All cases of one family and sharpness under one runtime; ratios are RMS error over eager's, None where empty.
+
+    The dead ratio is that of the whole family, the same at every sharpness.
+    """
 
     family: str
     sharpness: Sharpness
@@ -117,8 +120,11 @@ class Verdict:
 
 def pool(results: tuple[CaseResult, ...]) -> tuple[Group, ...]:
     """Pool the cases of each runtime, family and sharpness."""
-    keys = dict.fromkeys((r.runtime, r.family, r.sharpness) for r in results)
-    return tuple(_group([r for r in results if (r.runtime, r.family, r.sharpness) == key]) for key in keys)
+    groups = []
+    for key in dict.fromkeys((r.runtime, r.family, r.sharpness) for r in results):
+        family = [r for r in results if (r.runtime, r.family) == key[:2]]
+        groups.append(_group([r for r in family if r.sharpness == key[2]], family))
+    return tuple(groups)
 
 
 def problems(results: tuple[CaseResult, ...], groups: tuple[Group, ...]) -> tuple[str, ...]:
@@ -127,7 +133,11 @@ def problems(results: tuple[CaseResult, ...], groups: tuple[Group, ...]) -> tupl
     return (*found, *(problem for group in groups for problem in _pooled_problems(group)))
 
 
-def _group(results: list[CaseResult]) -> Group:
+def _group(results: list[CaseResult], family: list[CaseResult]) -> Group:
+    """Pool ``results``, all of one sharpness; dead rows with those of the whole ``family``.
+
+    Logits do not reach a dead row, and all dead rows of a batch row are one value, so that there are few of them to pool.
+    """
     first = results[0]
     errors = [error for r in results for error in r.regions.values()]
     count = max(sum(e.count for e in errors), 1)
@@ -137,7 +147,7 @@ def _group(results: list[CaseResult]) -> Group:
         first.runtime,
         len(results),
         live_ratio=_pooled_ratio(r.regions.get("live") for r in results),
-        dead_ratio=_pooled_ratio(r.regions.get("dead") for r in results),
+        dead_ratio=_pooled_ratio(r.regions.get("dead") for r in family),
         rms=float(np.sqrt(sum(e.squares for e in errors) / count)),
         mean=sum(e.mean * e.count for e in errors) / count,
         p99=max((e.p99 for e in errors), default=0.0),

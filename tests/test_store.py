@@ -194,6 +194,7 @@ def test_a_disk_that_fills_while_publishing_leaves_the_old_bundle(
     monkeypatch.setattr(store.shutil, step, full_disk)
     with untouched(tmp_path), pytest.raises(OSError, match="No space left"):
         publish(tmp_path / name, force=True, model="new")
+    monkeypatch.undo()
     Bundle.open(tmp_path / name).close()
 
 
@@ -254,7 +255,7 @@ def test_writers_that_race_never_meet_and_leave_no_lock(tmp_path: Path) -> None:
     out, inside, failures, published = tmp_path / "model", threading.Lock(), [], []
 
     def write(number: int) -> None:
-        for turn in range(300):
+        for turn in range(60):
             try:
                 with staged(out, force=True) as directory:
                     if not inside.acquire(blocking=False):
