@@ -39,7 +39,7 @@ from bca_deploy.truth import (
     sharpening,
     true_outputs,
 )
-from bca_deploy.verdict import REGIONS, CaseResult, Region, RegionError, Verdict, pool, problems
+from bca_deploy.verdict import OWN_INPUTS, REGIONS, CaseResult, Region, RegionError, Verdict, pool, problems
 
 Array = NDArray[Any]
 
@@ -96,7 +96,7 @@ def judge(subject: Subject, scope: Scope, on_case: Callable[[int, int], None] | 
 
 
 def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -> Verdict:
-    """Hold a model to the rule on the user's own inputs, unsharpened.
+    """Hold a model to the per-case rule on the user's own inputs, unsharpened.
 
     Args:
         subject: the model and what it must equal.
@@ -112,7 +112,7 @@ def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -
     with contextlib.closing(_Benches(subject)) as benches:
         for name, sample in samples.items():
             refuse_undefined_rows(sample)
-            results += benches.run(name, "own inputs", "plain", _rounded(sample, subject.precision))
+            results += benches.run(name, OWN_INPUTS, "plain", _rounded(sample, subject.precision))
     return _verdict(subject, "inputs", results, benches.weight_rounding())
 
 
