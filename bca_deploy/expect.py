@@ -22,28 +22,27 @@ _OUTPUTS = ("out", "context_out", "attn", "context_attn")
 _PRECISIONS: dict[str, Precision] = {"float16": "fp16", "float32": "fp32", "float64": "fp32"}
 
 
-def read(path: Path) -> Arrays:
-    """Read a sample: ``x``, ``context``, whichever optional inputs were given, ``out`` and ``context_out``.
+def read(path: Path, needed: tuple[str, ...] = ("x", "context", "out", "context_out")) -> Arrays:
+    """Read a sample: ``x``, ``context``, whichever optional inputs were given, and the outputs.
+
+    Args:
+        path: a ``.npz`` file; masks are bool, everything else float16, float32 or float64.
+        needed: which arrays must be there.
 
     Raises:
         InputError: not a readable ``.npz``, a name missing or unknown, a wrong dtype.
     """
-    arrays = read_npz(path)
+    arrays = _read_npz(path)
     unknown = sorted(set(arrays) - {*_INPUTS, *_OUTPUTS})
     if unknown:
         raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*_INPUTS, *_OUTPUTS))}")
-    absent = [name for name in ("x", "context", "out", "context_out") if name not in arrays]
+    absent = [name for name in needed if name not in arrays]
     if absent:
-        raise InputError(f"{path}: {', '.join(absent)} missing; save x, context, out and context_out, and the masks you gave")
+        raise InputError(f"{path}: {', '.join(absent)} missing; save {', '.join(needed)}, and the masks and the bias you gave")
     return arrays
 
 
-def read_npz(path: Path) -> Arrays:
-    """Read named arrays; masks must be bool, everything else float16, float32 or float64.
-
-    Raises:
-        InputError: not a readable ``.npz`` of plain arrays, or a wrong dtype.
-    """
+def _read_npz(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

@@ -407,6 +407,16 @@ def test_a_smaller_bias_equals_its_broadcast(shape: tuple[int, ...]) -> None:
     assert_equal(layer(**given), layer(**wide), shape, within=1e-12)
 
 
+@pytest.mark.parametrize("shift", [-1e5, 1e5])
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_constant_added_to_every_logit_changes_nothing(masks: str, shift: float) -> None:
+    # A fill of -10000 instead of the lowest number would let dead keys win at very negative logits.
+    layer = exact(make_spec())
+    given = doubles(inputs(make_spec(), masks, (N, M), return_attn=True))
+    shifted = given | {"rel_pos_bias": given["rel_pos_bias"] + shift}
+    assert_equal(layer(**shifted), layer(**given), masks, within=1e-9)
+
+
 # Dead rows, maps, dropout
 
 
