@@ -39,6 +39,7 @@ from bca_deploy.manifest import (
 from bca_deploy.onnx_graph import check_opset, trace, write
 from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.recipe import Recipe, read_recipe
+from bca_deploy.runners import onnxruntime
 from bca_deploy.spec import Axis, Lowering, Precision
 from bca_deploy.store import check_target, staged
 from bca_deploy.verdict import Verdict, report, significant
@@ -159,10 +160,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = F
         LoweringError: the lowering is impossible for this layer.
         BundleError: ``out`` may not be written.
         ParityError: the sample is not what the layer computes.
+        MissingDependencyError: onnxruntime is needed to judge the export and is not installed.
     """
     check_opset(recipe.opset)
     lowering = choose(recipe.lowering, checkpoint.spec, recipe.interface)
     check_target(out, force)
+    if set(recipe.precision) != {"bf16"}:
+        onnxruntime()  # absent, it should not be missed only after the trace
     if expected:
         expect.fit(expected, checkpoint.spec, recipe.interface)
         expect.check(expected, checkpoint)

@@ -1,6 +1,7 @@
 """What parity runs a model file on: onnxruntime on CPU, and the strict evaluator."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ Array = NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
+def onnxruntime() -> Any:
+    """Return the onnxruntime module.
+
+    Raises:
+        MissingDependencyError: it is not installed; the message holds the pip command.
+    """
+    try:
+        return import_module("onnxruntime")
+    except ImportError:
+        raise missing("onnxruntime", "cpu") from None
+
+
 def ort_runner(path: Path) -> Runner:
     """Return a runner on onnxruntime's CPU provider.
 
@@ -27,10 +40,7 @@ def ort_runner(path: Path) -> Runner:
         MissingDependencyError: onnxruntime is not installed.
         ExportError: onnxruntime refuses the model.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError:
-        raise missing("onnxruntime", "cpu") from None
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Threads that spin between runs would fight with PyTorch's, which work in between.

@@ -25,8 +25,7 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         BundleError: ``out`` exists and may not be replaced, or another process is writing it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with _parents(out.parent), _locked(out):
         check_target(out, force)
         _remove_leftovers(out)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -52,6 +51,20 @@ def check_target(out: Path, force: bool) -> None:
         raise BundleError(f"{out} exists and is not a bundle; it is never touched, with --force either: choose another --out")
     if not force:
         raise BundleError(f"{out} already holds a bundle; use --force to replace it, or choose another --out")
+
+
+@contextlib.contextmanager
+def _parents(directory: Path) -> Iterator[None]:
+    """Make the directory and its parents; take those that were made away again if nothing came of it."""
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                place.rmdir()
+        raise
 
 
 @contextlib.contextmanager
