@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ State = dict[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
 _TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"
+# Either side's will do: the missing one is then named.
+_NORMS = {"norm.weight", "norm.bias", "context_norm.weight", "context_norm.bias"}
+_TALKING = {"talking_heads.weight", "context_talking_heads.weight"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,12 @@ def from_state(state: Mapping[str, Tensor], heads: int | None = None, prefix: st
     _check_values(layer)
     spec = infer(layer, heads)
     _check_keys(layer, spec)
-    return Checkpoint(spec, {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(layer.items())})
+    return Checkpoint(spec, {name: _copy(tensor) for name, tensor in sorted(layer.items())})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return the values in memory of their own: training goes on, and safetensors refuses tied weights."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
@@ -81,7 +90,10 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
 
 
 def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
-    eps = {float(m.eps) for m in module.modules() if isinstance(getattr(m, "eps", None), float)}  # type: ignore[arg-type]
+    given: list[Any] = [m.eps for m in module.modules() if hasattr(m, "eps")]
+    eps = {NORM_EPS["rms"] if value is None else float(value) for value in given}
+    if min(eps, default=1.0) <= 0:
+        raise CheckpointError(f"the module's norms have eps {min(eps)}; it must be above 0")
     if len(eps) > 1:
         raise CheckpointError(f"the module's norms have different eps {sorted(eps)}; this layer has one for all")
     return replace(spec, norm_eps=eps.pop()) if eps else spec
@@ -114,13 +126,15 @@ def _read_safetensors(path: Path) -> State:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of what is no pickle
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} holds pickled code or is no checkpoint, and code is never run from a checkpoint; "
             "save tensors only: torch.save(module.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged file fails anywhere in the unpickler: IndexError, struct.error, AssertionError
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({first}); it may be truncated: copy or save it again"
@@ -152,7 +166,7 @@ def _select(state: State, prefix: str) -> State:
     prefix = prefix.replace("_orig_mod.", "")
     prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
     inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    if _ANCHOR in inside or _TRANSFORMER_ANCHOR in inside:
+    if {_ANCHOR, _TRANSFORMER_ANCHOR, _TRANSFORMER_ANCHOR.replace("to_qk", "context_to_qk")} & set(inside):
         return inside
     places = _places(state)
     if not places:
@@ -170,8 +184,8 @@ def _places(state: State) -> list[str]:
     """Return the prefixes under which a layer or a transformer stands."""
     attention = {name.removesuffix(_ANCHOR) for name in state if name.endswith("." + _ANCHOR) or name == _ANCHOR}
     attention = {place for place in attention if not place.endswith("context_")}
-    transformers = {re.sub(r"layers\.\d+\.0\.$", "", place) for place in attention}
-    return sorted(transformers)
+    blocks = {place: re.sub(r"layers\.\d+\.0\.$", "", place) for place in attention}
+    return sorted({root if f"{root}{_TRANSFORMER_ANCHOR}" in state else place for place, root in blocks.items()})
 
 
 def _check_values(state: State) -> None:
@@ -190,22 +204,22 @@ def infer(state: State, heads: int | None = None) -> LayerSpec:
     depth = _depth(state)
     place = "layers.0.0." if depth else ""
     attention = {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
-    inner, dim = _matrix(attention, "to_qk.weight")
-    norm: Norm = "layer" if "norm.bias" in attention else "rms"
+    inner, dim = _matrix(attention, "to_qk.weight", place)
+    prenorm = depth is not None or not _NORMS.isdisjoint(attention)
+    norm: Norm = "rms" if prenorm and {"norm.bias", "context_norm.bias"}.isdisjoint(attention) else "layer"
     found = _heads(attention, heads, inner)
     return LayerSpec(
         dim=dim,
-        context_dim=_matrix(attention, "context_to_qk.weight")[1],
+        context_dim=_matrix(attention, "context_to_qk.weight", place)[1],
         heads=found,
         dim_head=inner // found,
-        prenorm="norm.weight" in attention,
-        norm=norm if "norm.weight" in attention else "layer",
-        norm_eps=NORM_EPS[norm] if "norm.weight" in attention else 0.0,
-        talking_heads="talking_heads.weight" in attention,
+        prenorm=prenorm,
+        norm=norm,
+        talking_heads=not _TALKING.isdisjoint(attention),
         depth=depth,
         ff_hidden=_matrix(state, "layers.0.1.1.weight")[0] if depth else None,
         context_ff_hidden=_matrix(state, "layers.0.2.1.weight")[0] if depth else None,
-        final_norms=depth is not None and "norm.weight" in state,
+        final_norms=depth is not None and not {"norm.weight", "context_norm.weight"}.isdisjoint(state),
     )
 
 
@@ -220,9 +234,9 @@ def _depth(state: State) -> int | None:
     return len(blocks)
 
 
-def _matrix(state: State, name: str) -> tuple[int, int]:
+def _matrix(state: State, name: str, place: str = "") -> tuple[int, int]:
     if name not in state:
-        raise CheckpointError(f"key {name} is missing{nearest(name, state)}; the keys there are {_listing(state)}")
+        raise CheckpointError(f"key {place}{name} is missing{nearest(name, state)}; the keys there are {_listing(state)}")
     if state[name].ndim != 2:
         raise CheckpointError(f"{name} has shape {list(state[name].shape)}; a matrix is expected")
     return int(state[name].shape[0]), int(state[name].shape[1])
@@ -230,8 +244,12 @@ def _matrix(state: State, name: str) -> tuple[int, int]:
 
 def _heads(attention: State, heads: int | None, inner: int) -> int:
     divisors = [n for n in range(1, inner + 1) if inner % n == 0]
-    if "talking_heads.weight" in attention:
-        found = int(attention["talking_heads.weight"].shape[0])
+    mixers = [(name, attention[name]) for name in sorted(_TALKING & set(attention))]
+    for name, mixer in mixers:
+        if mixer.ndim != 4:
+            raise CheckpointError(f"{name} has shape {list(mixer.shape)}; [heads, heads, 1, 1] is expected")
+    if mixers:
+        found = int(mixers[0][1].shape[0])
         if heads not in (None, found):
             raise InputError(f"heads {heads}, but the talking-heads weights are for {found}; leave --heads out or give {found}")
         return found

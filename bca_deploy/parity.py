@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bca_deploy.cases import NUMPY_DTYPES, Scope, Sharpness, make_inputs, matrix
+from bca_deploy.cases import NUMPY_DTYPES, Scope, Sharpness, make_inputs, matrix, round_to
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError
 from bca_deploy.lowering import DTYPES
@@ -106,31 +106,32 @@ def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -
         The verdict.
 
     Raises:
-        InputError: a live row whose live keys all have a bias of -inf: softmax is undefined there.
+        InputError: a live row whose live keys all have the lowest bias: softmax is undefined there.
     """
     results: list[CaseResult] = []
     with contextlib.closing(_Benches(subject)) as benches:
         for name, sample in samples.items():
-            refuse_undefined_rows(sample)
+            refuse_undefined_rows(sample, subject.precision)
             results += benches.run(name, OWN_INPUTS, "plain", _rounded(sample, subject.precision))
     return _verdict(subject, "inputs", results, benches.weight_rounding())
 
 
-def refuse_undefined_rows(inputs: Mapping[str, Array]) -> None:
-    """Refuse a bias of -inf on every live key of a live row.
+def refuse_undefined_rows(inputs: Mapping[str, Array], precision: Precision = "fp32") -> None:
+    """Refuse a bias of -inf, or of the precision's lowest number, on every live key of a live row.
 
-    There PyTorch attends to the masked keys (their fill is finite, the bias is not), which no caller can mean; the fused
-    graph gives NaN.
+    There PyTorch attends to the masked keys too (their fill is no lower than the bias), which no caller can mean; the fused
+    graph gives NaN, or attends to the live keys alone.
 
     Raises:
         InputError: naming the first such row.
     """
-    bias = inputs.get("rel_pos_bias")
-    if bias is None or np.isfinite(bias).all():
+    if "rel_pos_bias" not in inputs:
         return
+    bias = round_to(inputs["rel_pos_bias"], precision)
     batch = inputs["x"].shape[0]
     mask, context_mask = masks_of(inputs)
-    shut = np.isneginf(np.broadcast_to(bias, (batch, *np.broadcast_shapes(bias.shape, (1, 1, 1))[-3:])))
+    lowest = float(torch.finfo(DTYPES[precision]).min)
+    shut = np.broadcast_to(bias, (batch, *np.broadcast_shapes(bias.shape, (1, 1, 1))[-3:])) <= lowest
     for axis, own, other, what in ((-1, mask, context_mask, "x"), (-2, context_mask, mask, "context")):
         others = other[:, None, None, :] if axis == -1 else other[:, None, :, None]
         starved: Array = np.all(shut | ~others, axis=axis)
@@ -138,14 +139,13 @@ def refuse_undefined_rows(inputs: Mapping[str, Array]) -> None:
         if rows.any():
             where = tuple(int(i) for i in np.argwhere(rows)[0])
             raise InputError(
-                f"rel_pos_bias is -inf on every live key of live {what} row (batch {where[0]}, head {where[1]}, position "
-                f"{where[2]}): softmax is undefined there; use a large negative number such as -1e4, or mask the row"
+                f"rel_pos_bias is -inf or {lowest:.3g} on every live key of live {what} row (batch {where[0]}, "
+                f"head {where[1]}, position {where[2]}): softmax is undefined there; use a number such as -1e4, or mask the row"
             )
 
 
 def _rounded(sample: Mapping[str, Array], precision: Precision) -> dict[str, Array]:
-    dtype = NUMPY_DTYPES[precision]
-    return {name: a if a.dtype == bool else a.astype(dtype).astype(np.float32) for name, a in sample.items()}
+    return {name: a if a.dtype == bool else round_to(a, precision) for name, a in sample.items()}
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,11 @@ def test_a_live_row_whose_live_keys_are_all_minus_infinity_is_refused() -> None:
     bias = np.zeros((3, 4, 5))
     inputs = {"x": np.zeros((2, 4, 24)), "context": np.zeros((2, 5, 16)), "rel_pos_bias": bias}
     refuse_undefined_rows(inputs)
-    bias[1, 2, :] = -np.inf
-    with pytest.raises(InputError, match=r"every live key of live x row \(batch 0, head 1, position 2\)"):
-        refuse_undefined_rows(inputs)
+    for value, precision in ((-np.inf, "fp32"), (np.finfo(np.float32).min, "fp32"), (-1e9, "fp16")):
+        bias[1, 2, :] = value
+        with pytest.raises(InputError, match=r"every live key of live x row \(batch 0, head 1, position 2\)"):
+            refuse_undefined_rows(inputs, precision)  # type: ignore[arg-type]
+    refuse_undefined_rows(inputs | {"rel_pos_bias": np.where(bias < 0, -1e9, bias)})
 
 
 def test_an_infinite_bias_on_masked_keys_alone_is_fine() -> None:
