@@ -161,6 +161,7 @@ def _quiet() -> Iterator[None]:
 
 def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:
     """Name the weights, drop dead nodes, and drop what differs from machine to machine (stack traces hold paths)."""
+    _fix_reshapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     _name_initializers(model.graph)
@@ -175,6 +176,34 @@ def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version = "bca-deploy", None
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
+
+
+def _fix_reshapes(graph: ir.Graph) -> None:
+    """Let Reshape copy dynamic sizes from its input (a 0 in the shape) instead of computing them: a tenth of all nodes."""
+    for node in [node for node in graph if node.op_type == "Reshape"]:
+        sizes = _copied_sizes(node.inputs[0], node.outputs[0])
+        if sizes is not None:
+            node.replace_input_with(1, _shape_constant(graph, sizes))
+            node.attributes.pop("allowzero", None)
+
+
+def _copied_sizes(source: ir.Value | None, result: ir.Value) -> list[int] | None:
+    """Return the result's shape with 0 for a dynamic size that stands at the same place in the source; None if others are."""
+    if source is None or source.shape is None or result.shape is None:
+        return None
+    before = [*source.shape, *[None] * len(result.shape)]
+    sizes = [dim if isinstance(dim, int) else 0 if dim == old else None for dim, old in zip(result.shape, before, strict=False)]
+    return None if None in sizes else [size for size in sizes if size is not None]
+
+
+def _shape_constant(graph: ir.Graph, sizes: list[int]) -> ir.Value:
+    name = "shape_" + "_".join(map(str, sizes))
+    if name not in graph.initializers:
+        tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        )
+    return graph.initializers[name]
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

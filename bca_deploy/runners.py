@@ -42,7 +42,7 @@ def ort_runner(path: Path) -> Runner:
     """
     ort = onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and parity reports it
     # Threads that spin between runs would fight with PyTorch's, which work in between.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:

@@ -7,7 +7,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from bca_deploy.bundle import Bundle
@@ -16,20 +15,18 @@ from bca_deploy.recipe import read_recipe
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "export" / "README.md"
 START, END = "<!-- measured -->", "<!-- end -->"
-HEAD = "| recipe | model | opset | lowering | nodes | ONNX kB | parity cases | worst RMS ratio | export s |"
+HEAD = "| recipe | model | opset | lowering | nodes | ONNX kB | parity cases | worst RMS ratio |"
 
 
 def measure(path: Path) -> list[str]:
     out = ROOT / "build" / "recipes" / path.stem
-    begin = time.perf_counter()
     command = [sys.executable, "-c", "from bca_deploy.cli import main_export; main_export()", "--recipe", str(path)]
     subprocess.run([*command, "--out", str(out), "--force"], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - begin
     with Bundle.open(out) as bundle:
         return [
             f"| {path.stem} | {m.precision} | {m.opset} | {m.lowering} | {m.nodes} "
             f"| {bundle.manifest.files[m.file].bytes // 1000} | {m.parity.cases} "
-            f"| {m.parity.worst_ratio:.3f} | {seconds:.0f} |"
+            f"| {m.parity.worst_ratio:.3f} |"
             for m in bundle.manifest.models
         ]
 

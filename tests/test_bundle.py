@@ -1,8 +1,10 @@
 """The bundle format: opened without torch or onnx, refused when damaged, unsafe or newer, and the same bytes every time."""
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import stat
 import subprocess
@@ -11,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import pytest
 from conftest import make_checkpoint
 from safetensors.torch import save_file
 
+import bca_deploy
 from bca_deploy import bundle as bundle_module
 from bca_deploy import selftest
 from bca_deploy.bundle import Bundle, Check, read_manifest, sha256
@@ -80,6 +84,12 @@ def flip_byte(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
+
+
+def records_start(archive: Path) -> int:
+    """Where the archive's own directory begins: after the files, and .npz files are archives themselves."""
+    with zipfile.ZipFile(archive) as file:
+        return file.start_dir
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -327,7 +337,7 @@ def test_a_changed_bit_of_an_archives_own_records_is_refused_or_harmless(
     archive: Path, exported: Bundle, unpacked: Path
 ) -> None:
     whole = archive.read_bytes()
-    for position in range(whole.index(b"PK\x01\x02"), len(whole), 3):
+    for position in range(records_start(archive), len(whole), 3):
         archive.write_bytes(whole)
         flip_byte(archive, position)
         # A date or a mode may change; whatever does open is the bundle that was packed. An OSError is the disk's own.
@@ -340,7 +350,8 @@ def test_a_truncated_archive_is_refused(archive: Path, unpacked: Path) -> None:
     whole = archive.read_bytes()
     for length in range(0, len(whole), len(whole) // 20):
         archive.write_bytes(whole[:length])
-        with pytest.raises(BundleError, match="is neither a bundle directory nor a readable"):
+        # Cut after an .npz, an archive itself, it is a readable archive, but not of a bundle.
+        with pytest.raises(BundleError, match=r"is neither a bundle directory nor a readable|it has no manifest\.json"):
             Bundle.open(archive)
     assert list(unpacked.iterdir()) == []
 
@@ -371,17 +382,24 @@ def test_a_damaged_deflated_archive_is_refused(archive: Path, exported: Bundle, 
 def test_an_encrypted_archive_is_refused(archive: Path, unpacked: Path) -> None:
     content = bytearray(archive.read_bytes())
     content[6] |= 1  # the flag in the first member's own header and in the directory at the end
-    content[content.index(b"PK\x01\x02") + 8] |= 1
+    content[records_start(archive) + 8] |= 1
     archive.write_bytes(content)
-    with pytest.raises(BundleError, match="encrypted"):
+    with pytest.raises(BundleError, match=r"model\.bca .*encrypted"):
         Bundle.open(archive)
     assert list(unpacked.iterdir()) == []
 
 
-def test_an_archive_of_no_bundle_is_refused_and_cleaned_up(tmp_path: Path, unpacked: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("photo.jpg", "years of photos", r"it has no manifest\.json"), ("manifest.json", '{"format": 2}', "format 2, newer")],
+)
+def test_an_archive_of_no_bundle_is_refused_by_its_own_name(
+    tmp_path: Path, unpacked: Path, name: str, content: str, message: str
+) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
-        file.writestr("photo.jpg", "years of photos")
-    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        file.writestr(name, content)
+    # Not by that of the temporary directory, which the user never saw and which is gone.
+    with pytest.raises(BundleError, match=rf"photos\.zip is .*{message}"):
         Bundle.open(tmp_path / "photos.zip")
     assert list(unpacked.iterdir()) == []
 
@@ -433,6 +451,17 @@ assert not {"torch", "onnx"} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     # Three cases (no mask, padded, dead rows) of two outputs each: all right, and all wrong where perturbed by 2 %.
     assert done.stdout.splitlines() == ["fp32 [] 6", "fp16 [] 6"]
+
+
+def test_the_public_names_mean_the_same_whatever_was_imported() -> None:
+    # A module of a public name's own name would take its place as soon as anything imported it.
+    for module in pkgutil.iter_modules(bca_deploy.__path__):
+        importlib.import_module(f"bca_deploy.{module.name}")
+    for name in bca_deploy.__all__:
+        assert not isinstance(getattr(bca_deploy, name), ModuleType), name
+        assert getattr(bca_deploy, name) is getattr(bca_deploy, name)
+    with pytest.raises(AttributeError, match="has no attribute 'expert'; it has BcaError, Bundle, "):
+        bca_deploy.expert  # noqa: B018
 
 
 # ---- the self-test

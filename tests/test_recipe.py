@@ -279,10 +279,6 @@ def test_a_layer_that_cannot_be_is_refused(recipe_of: Reader, layer: str, messag
         recipe_of(f"[layer]\n{layer}").layer.spec()
 
 
-def test_there_are_at_least_five_recipes() -> None:
-    assert len(COMMITTED) >= 5
-
-
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_recipe_reads_and_can_be_lowered(path: Path) -> None:
     recipe = read_recipe(path)
