@@ -12,8 +12,8 @@ from torch import nn
 from bca_deploy.cases import Case, Family, make_inputs
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError, ParityError, nearest
-from bca_deploy.spec import UNIT_ROUNDOFF, Dims, Interface, LayerSpec, Precision
-from bca_deploy.truth import allowed_error, run_module, true_outputs
+from bca_deploy.spec import Dims, Interface, LayerSpec, Precision
+from bca_deploy.truth import allowed_error, roundoff_slack, run_module, true_outputs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -97,14 +97,15 @@ def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
     inputs = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items() if name in _INPUTS}
     truth, largest = true_outputs(checkpoint.module(torch.float64), inputs, interface)
     eager = run_module(checkpoint.module(dtype), inputs, interface, dtype)
+    slack = roundoff_slack(checkpoint.spec, precision, largest)
     for name, true in truth.items():
-        _check_one(name, arrays[name], true, eager[name], UNIT_ROUNDOFF[precision] * (1 + largest))
+        _check_one(name, arrays[name], true, eager[name], slack)
 
 
-def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], eager: NDArray[Any], roundoff: float) -> None:
+def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], eager: NDArray[Any], slack: float) -> None:
     if got.shape != true.shape:
         raise ParityError(f"the sample's {name} has shape {got.shape}, the layer gives {true.shape}")
-    allowed = allowed_error(eager - true, true, roundoff)
+    allowed = allowed_error(eager - true, true, slack)
     worst = float(np.abs(got.astype(np.float64) - true).max())
     if not worst <= allowed:
         raise ParityError(

@@ -201,7 +201,7 @@ def _shape_constant(graph: ir.Graph, sizes: list[int]) -> ir.Value:
     if name not in graph.initializers:
         tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
         graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            ir.Value(name=name, const_value=tensor, shape=ir.Shape([len(sizes)]), type=ir.TensorType(tensor.dtype))
         )
     return graph.initializers[name]
 

@@ -3,8 +3,9 @@
 The rule has no tolerance to tune. With u the unit roundoff of the precision:
 
 - pooled: over each family of cases the RMS error is at most 1.5 times what PyTorch eager makes;
-- per case: the largest error is at most ``2 * eager's largest + 4 * u * (1 + L) * max|truth|``, where L is the largest live
-  |logit| that carries weight: rounding a logit of size L moves the attention by about ``u * L``.
+- per case: the largest error is at most ``2 * eager's largest + (4u(1 + L) + u32 * sqrt(K / 6)) * max|truth|``, where L is the
+  largest live |logit| that carries weight (rounding a logit of size L moves the attention by about ``u * L``), u32 float32's
+  unit roundoff and K the layer's widest dot product (see truth.py).
 
 NaN and Inf never pass. Live and dead rows are judged apart. Truth is the reference layer in float64 on the same rounded
 weights; what rounding the weights does is reported beside it.
@@ -27,12 +28,13 @@ from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError
 from bca_deploy.lowering import DTYPES
 from bca_deploy.runners import Runner, ort_runner, sharpened_copy, strict_runner_of
-from bca_deploy.spec import UNIT_ROUNDOFF, Dims, Interface, Precision
+from bca_deploy.spec import Dims, Interface, Precision
 from bca_deploy.truth import (
     allowed_error,
     live_rows,
     masks_of,
     mean_square,
+    roundoff_slack,
     rounded_checkpoint,
     run_module,
     sharpen,
@@ -184,7 +186,8 @@ class _Benches:
         eager = run_module(bench.eager, inputs, subject.interface, DTYPES[subject.precision])
         if sharpness == "plain" and len(self.changes) < 4:
             self.changes.append(self._weight_change(inputs, truth))
-        trial = _Trial(truth, eager, live_rows(inputs, truth), UNIT_ROUNDOFF[subject.precision] * (1 + largest_logit))
+        slack = roundoff_slack(subject.checkpoint.spec, subject.precision, largest_logit)
+        trial = _Trial(truth, eager, live_rows(inputs, truth), slack)
         small = next(iter(truth.values())).shape[0] * subject.checkpoint.spec.heads * _pairs(inputs) <= STRICT_WEIGHTS
         edges = _at_edges(inputs, subject)
         return [
@@ -239,7 +242,7 @@ class _Trial:
     truth: dict[str, Array]
     eager: dict[str, Array]
     live: dict[str, Array]
-    roundoff: float
+    slack: float
 
     def judge(
         self, name: str, family: str, sharpness: Sharpness, runtime: str, outputs: Mapping[str, Array] | str
@@ -268,7 +271,7 @@ class _Trial:
             if not rows.any():
                 continue
             error, eager = np.abs(outputs[key] - truth)[rows], np.abs(self.eager[key] - truth)[rows]
-            bound = allowed_error(eager, truth, self.roundoff)
+            bound = allowed_error(eager, truth, self.slack)
             worst = float(error.max())
             if not worst <= bound:
                 problems.append(f"{key}, {region} rows: largest error {worst:.3g}, allowed {bound:.3g}")

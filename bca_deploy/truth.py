@@ -13,7 +13,7 @@ from bca_deploy.cases import Case, Sharpness, logit_target, make_inputs
 from bca_deploy.checkpoint import Checkpoint, State
 from bca_deploy.lowering import DTYPES
 from bca_deploy.runners import is_query_weight
-from bca_deploy.spec import UNIT_ROUNDOFF, Interface, Precision
+from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision
 
 Array = NDArray[Any]
 
@@ -69,14 +69,27 @@ def truth_and_bounds(
     rounded = rounded_checkpoint(checkpoint, DTYPES[precision])
     truth, largest = true_outputs(rounded.module(torch.float64), inputs, interface)
     eager = run_module(rounded.module(DTYPES[precision]), inputs, interface, DTYPES[precision])
-    roundoff = UNIT_ROUNDOFF[precision] * (1 + largest)
-    return truth, {name: allowed_error(eager[name] - true, true, roundoff) for name, true in truth.items()}
+    slack = roundoff_slack(checkpoint.spec, precision, largest)
+    return truth, {name: allowed_error(eager[name] - true, true, slack) for name, true in truth.items()}
 
 
-def allowed_error(eager_error: Array, truth: Array, roundoff: float) -> float:
-    """Return the largest error that the rule in parity.py allows; ``roundoff`` is ``u * (1 + L)``."""
+def roundoff_slack(spec: LayerSpec, precision: Precision, largest_logit: float) -> float:
+    """Return what rounding alone may do to an output, relative to its largest value: ``4u(1 + L) + u32 * sqrt(K / 6)``.
+
+    The first term is the logits' (see parity.py). The second is a dot product's of length K, the layer's widest, accumulated
+    in float32 one term after another, as onnxruntime does where PyTorch's library keeps several partial sums: step k rounds
+    a partial sum of variance k, so that the error's variance is the sum of ``k * u² / 3``, which is ``(u * K)² / 6``,
+    against K for the sum itself. It shows at length 1, where L is near 0.
+    """
+    widest = max(spec.dim, spec.context_dim, spec.inner_dim, spec.ff_hidden or 0, spec.context_ff_hidden or 0)
+    logits = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[precision] * (1 + largest_logit)
+    return logits + UNIT_ROUNDOFF["fp32"] * float(np.sqrt(widest / 6))
+
+
+def allowed_error(eager_error: Array, truth: Array, slack: float) -> float:
+    """Return the largest error that the rule in parity.py allows; ``slack`` is from :func:`roundoff_slack`."""
     eager_max = float(np.abs(eager_error).max()) if np.isfinite(eager_error).all() else 0.0
-    return EAGER_FACTOR * eager_max + ROUNDOFF_FACTOR * roundoff * float(np.abs(truth).max())
+    return EAGER_FACTOR * eager_max + slack * float(np.abs(truth).max())
 
 
 def rounded_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:

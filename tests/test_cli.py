@@ -724,11 +724,17 @@ def test_failed_parity_is_printed_and_exits_1(monkeypatch: pytest.MonkeyPatch, c
     assert re.search(r"fp32: parity FAILED, .*\n", result.stdout)
     assert re.search(r"failed: .*largest error", result.stdout)
     assert re.search(r"fp16: parity passed", result.stdout)
-    result = bca("verify", copy, "--parity", "quick", "--json")
+
+
+def test_failed_parity_in_json_exits_1_too(monkeypatch: pytest.MonkeyPatch, exported: Bundle) -> None:
+    verdicts = iter([plain_verdict(), plain_verdict(("it is wrong",), float("inf"))])
+    monkeypatch.setattr(verification, "judge", lambda *args: next(verdicts))
+    result = bca("verify", exported.directory, "--json")
     ended(result, 1)
-    printed = json.loads(result.stdout)
+    printed = json.loads(result.stdout, parse_constant=pytest.fail)  # Infinity and NaN are no JSON
     assert printed["passed"] is False
-    assert [model["passed"] for model in printed["models"]] == [False, True]
+    assert [model["passed"] for model in printed["models"]] == [True, False]
+    assert printed["models"][1]["failures"] == ["it is wrong"]
 
 
 def test_a_stored_sample_that_no_longer_fits_exits_1(copy: Path, samples: Path) -> None:
@@ -780,19 +786,23 @@ def test_weights_outside_the_bundle_are_refused(copy: Path, tmp_path: Path, loca
     refused(bca("verify", copy, "--parity", "quick"), message)
 
 
-def test_a_constant_outside_the_bundle_is_refused(copy: Path, tmp_path: Path) -> None:
-    # Not only initializers may keep their data in a file: so may the tensor in a Constant node.
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [("../../outside.bin", "unsafe path"), ("unlisted.bin", "which the manifest does not list")],
+)
+def test_a_constant_outside_the_bundle_is_refused(copy: Path, tmp_path: Path, location: str, message: str) -> None:
+    # Not only initializers may keep their data in a file: so may the tensor in a Constant node, and runtimes read it.
     def move(model: onnx.ModelProto) -> None:
         tensor = weight(model)
-        (tmp_path / "outside.bin").write_bytes(tensor.raw_data)
-        set_external_data(tensor, "../../outside.bin")
+        for path in (tmp_path / "outside.bin", copy / "models/unlisted.bin"):
+            path.write_bytes(tensor.raw_data)
+        set_external_data(tensor, location)
         tensor.ClearField("raw_data")
-        node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
         model.graph.initializer.remove(tensor)
-        model.graph.node.insert(0, node)
 
     change_model(copy, move)
-    refused(bca("verify", copy, "--parity", "quick"), "unsafe path")
+    refused(bca("verify", copy, "--parity", "quick"), message)
 
 
 def test_external_weights_without_a_place_are_refused(copy: Path) -> None:
@@ -852,7 +862,8 @@ def test_inputs_that_do_not_fit_are_refused(exported: Bundle, tmp_path: Path, ca
     refused(bca("verify", exported.directory, "--parity", "quick", "--inputs", "bad.npz"), message)
 
 
-def test_own_inputs_of_nan_never_pass(exported: Bundle, tmp_path: Path) -> None:
+def test_own_inputs_of_nan_never_pass(monkeypatch: pytest.MonkeyPatch, exported: Bundle, tmp_path: Path) -> None:
+    monkeypatch.setattr(verification, "judge", lambda *args: plain_verdict())
     np.savez(tmp_path / "bad.npz", **own_inputs(x=np.full((2, 9, 24), np.nan, np.float32)))
     result = bca("verify", exported.directory, "--parity", "quick", "--inputs", "bad.npz")
     ended(result, result.exit_code)
@@ -869,10 +880,13 @@ def test_own_inputs_that_fail_fail_the_bundle(monkeypatch: pytest.MonkeyPatch, c
     result = bca("verify", copy, "--parity", "quick", "--inputs", "own.npz")
     ended(result, 1)
     assert re.search(r"fp32: parity FAILED", result.stdout)
-    assert re.search(r"failed: own\.npz under onnxruntime: out, \w+ rows: largest error", result.stdout)
+    assert re.search(r"failed: own\.npz under onnxruntime: context_out, \w+ rows: largest error", result.stdout)
 
 
-def test_outputs_among_own_inputs_are_held_against_the_layer(exported: Bundle, samples: Path) -> None:
+def test_outputs_among_own_inputs_are_held_against_the_layer(
+    monkeypatch: pytest.MonkeyPatch, exported: Bundle, samples: Path
+) -> None:
+    monkeypatch.setattr(verification, "judge", lambda *args: plain_verdict())
     ended(bca("verify", exported.directory, "--parity", "quick", "--inputs", samples / "right.npz"), 0)
     result = bca("verify", exported.directory, "--parity", "quick", "--inputs", samples / "wrong.npz")
     refused(result, "the sample's context_out is not what this layer computes", code=1)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import make_checkpoint, make_spec
 
 from bca_deploy import lowering
 from bca_deploy.bundle import Bundle
@@ -18,7 +18,7 @@ from bca_deploy.onnx_graph import trace, write
 from bca_deploy.parity import Subject, judge, judge_inputs, refuse_undefined_rows
 from bca_deploy.runners import sharpened_copy
 from bca_deploy.spec import Dims, Interface, Lowering, Precision
-from bca_deploy.truth import allowed_error, sharpen, sharpening, true_outputs
+from bca_deploy.truth import allowed_error, roundoff_slack, sharpen, sharpening, true_outputs
 from bca_deploy.verdict import Verdict
 
 BIASED = Interface(rel_pos_bias="shared")
@@ -233,11 +233,18 @@ def test_sharpened_weights_are_the_same_bits_in_the_file_and_in_pytorch(exported
 
 
 def test_the_allowed_error_follows_the_rule() -> None:
-    assert allowed_error(np.array([-0.5, 0.25]), np.array([3.0, -4.0]), 0.01) == pytest.approx(2 * 0.5 + 4 * 0.01 * 4)
+    assert allowed_error(np.array([-0.5, 0.25]), np.array([3.0, -4.0]), 0.01) == pytest.approx(2 * 0.5 + 0.01 * 4)
+
+
+def test_the_slack_grows_with_the_logits_and_with_the_widest_product() -> None:
+    spec = make_spec(dim=96, context_dim=16)
+    u = 2.0**-24
+    assert roundoff_slack(spec, "fp32", 9.0) == pytest.approx(4 * u * 10 + u * 4)
+    assert roundoff_slack(spec, "fp16", 0.0) == pytest.approx(4 * 2.0**-11 + u * 4)
 
 
 def test_an_eager_result_that_is_not_finite_widens_nothing() -> None:
-    assert allowed_error(np.array([np.nan, 9.0]), np.array([1.0]), 0.01) == pytest.approx(0.04)
+    assert allowed_error(np.array([np.nan, 9.0]), np.array([1.0]), 0.01) == pytest.approx(0.01)
 
 
 def test_rounding_the_weights_is_reported_apart(exported: Bundle) -> None:
