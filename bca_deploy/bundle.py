@@ -4,6 +4,7 @@ import hashlib
 import json
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -52,7 +53,7 @@ class Bundle:
         unpacked = _unpack(path) if path.is_file() else None
         try:
             directory = Path(unpacked.name) if unpacked else path
-            manifest = read_manifest(directory)
+            manifest = read_manifest(directory, path)
             for name, entry in manifest.files.items():
                 _check_file(directory, name, entry, check)
         except BaseException:
@@ -88,25 +89,26 @@ def is_bundle(directory: Path) -> bool:
     return (directory / MANIFEST_FILE).is_file()
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, shown: Path | None = None) -> Manifest:
     """Read the manifest alone.
 
     Raises:
         BundleError: missing, unreadable, or of a newer format.
     """
     path = directory / MANIFEST_FILE
+    shown = shown or directory
     if not path.is_file():
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_FILE}; make one with bca-export --out {directory}")
+        raise BundleError(f"{shown} is not a bundle: it has no {MANIFEST_FILE}; make one with bca-export --out {shown}")
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        _check_format(content, directory)
+        _check_format(content, shown)
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} is not JSON ({error}); export the bundle again") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path}: field {where}: {first['msg']}; export the bundle again") from error
+    except (ValueError, RecursionError) as error:  # numbers and depths without end, too
+        raise BundleError(f"{path} is not JSON ({error}); export the bundle again") from error
 
 
 def _check_format(content: Any, directory: Path) -> None:
@@ -140,7 +142,7 @@ def safe_path(directory: Path, name: str) -> Path:
         BundleError: the name is absolute, climbs out, or is a link that leads out of the directory.
     """
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
         raise BundleError(
             f"unsafe path {name!r}: files of a bundle are named relative to it, without '..'; do not use this bundle"
         )
@@ -167,7 +169,7 @@ def _unpack(path: Path) -> tempfile.TemporaryDirectory[str]:
             for member in members:
                 safe_path(Path(target.name), member.filename)
                 archive.extract(member, target.name)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # NotImplementedError is a RuntimeError
         target.cleanup()
         raise BundleError(f"{path} is neither a bundle directory nor a readable .bca archive: {error}") from error
     except BaseException:

@@ -85,7 +85,7 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
         CheckpointError: the module is not this layer.
     """
     own = [m for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
-    found = from_state(module.state_dict(), heads or (own[0].heads if own else None))  # type: ignore[arg-type]
+    found = from_state(module.state_dict(), heads if heads is not None else (own[0].heads if own else None))  # type: ignore[arg-type]
     return Checkpoint(_with_eps(found.spec, module), found.state)
 
 

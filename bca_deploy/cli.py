@@ -1,7 +1,6 @@
 """The command line: `bca-export`, and `bca` with its commands. Heavy imports wait until a command runs."""
 
 import contextlib
-import json
 import logging
 import sys
 import warnings
@@ -26,7 +25,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 export_app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -209,7 +211,7 @@ def inspect_command(bundle: BundleArgument, as_json: JsonFlag = False, verbose: 
 
         with Bundle.open(bundle) as opened:
             if as_json:
-                typer.echo(json.dumps(opened.manifest.model_dump(mode="json"), indent=2))
+                typer.echo(opened.manifest.model_dump_json(indent=2))
             else:
                 console.show_manifest(opened.manifest, bundle)
 
@@ -230,7 +232,7 @@ def _range(text: str | None) -> dict[str, int] | None:
     if text is None:
         return None
     parts = text.split(":")
-    if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
         raise InputError(f"dimension range {text!r}: give MIN:OPT:MAX such as 1:512:2048, or one number for a fixed size")
     low, opt, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     return {"min": low, "opt": opt, "max": high}

@@ -19,7 +19,8 @@ DType = Literal["float32", "float16", "bfloat16", "bool"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has no Infinity: the ratio of a bundle that failed parity may be the string.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TensorEntry(_Model):
@@ -70,7 +71,7 @@ class Manifest(_Model):
     layer: LayerSpec = Field(description="what was exported; enough to rebuild the PyTorch module")
     interface: Interface = Field(description="which optional inputs and outputs the models have")
     dims: Dims = Field(description="the named dimensions: smallest, optimal and largest size")
-    models: tuple[ModelEntry, ...] = Field(description="the ONNX files, the preferred one first")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="the ONNX files, the preferred one first")
     engines: tuple[JsonValue, ...] = Field(description="compiled engines; none yet in this version")
     versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
     files: dict[str, FileEntry] = Field(description="every file but manifest.json and build.json, by path")

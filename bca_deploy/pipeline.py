@@ -20,7 +20,7 @@ from bca_deploy.attention import build
 from bca_deploy.bundle import Bundle, sha256
 from bca_deploy.cases import NUMPY_DTYPES
 from bca_deploy.checkpoint import Checkpoint, from_module, load
-from bca_deploy.errors import InputError, ParityError
+from bca_deploy.errors import BundleError, InputError, ParityError
 from bca_deploy.lowering import choose, lower
 from bca_deploy.manifest import (
     BUILD_FILE,
@@ -139,7 +139,7 @@ def load_checkpoint(recipe: Recipe, path: Path | None, heads: int | None, prefix
             torch.manual_seed(recipe.seed)
             return from_module(build(recipe.layer.spec()), heads)
     given = recipe.layer.heads if "heads" in recipe.layer.model_fields_set else None
-    checkpoint = load(path, heads or given, prefix)
+    checkpoint = load(path, given if heads is None else heads, prefix)
     _check_agreement(recipe, checkpoint)
     return checkpoint
 
@@ -198,10 +198,14 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
         _finish(plan, [entry for entry, _ in made], verdicts, directory, clock)
         failures = [failure for verdict in verdicts for failure in verdict.failures]
         if failures:
-            if keep_failed:
-                _keep_failed(plan, directory)
             shown = "\n  ".join(failures[:8])
-            raise ParityError(f"the exported model is not the PyTorch layer ({len(failures)} failures):\n  {shown}")
+            message = f"the exported model is not the PyTorch layer ({len(failures)} failures):\n  {shown}"
+            if keep_failed:
+                try:
+                    _keep_failed(plan, directory)
+                except BundleError as error:
+                    message += f"\nand it could not be kept: {error}"
+            raise ParityError(message)
     return verdicts
 
 

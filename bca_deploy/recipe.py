@@ -27,7 +27,7 @@ class LayerTable(_Table):
     norm: Norm = "layer"
     talking_heads: bool = False
     depth: int | None = None
-    ff_expansion: float = 4.0
+    ff_expansion: float = Field(default=4.0, allow_inf_nan=False)
     final_norms: bool = False
 
     def spec(self) -> LayerSpec:
@@ -116,7 +116,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
-            merged[key] = _merge(merged.get(key, {}), value)
+            if isinstance(merged.get(key, {}), Mapping):  # anything else is pydantic's to refuse
+                merged[key] = _merge(merged.get(key, {}), value)
         elif value is not None:
             merged[key] = value
     return merged

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -26,8 +27,8 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         BundleError: ``out`` exists and may not be replaced, or another process is writing it.
     """
     with _parents(out.parent), _locked(out):
-        check_target(out, force)
         _remove_leftovers(out)
+        check_target(out, force)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         try:
             yield staging
@@ -44,13 +45,24 @@ def check_target(out: Path, force: bool) -> None:
     """
     if not out.exists() and not out.is_symlink():
         return
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    replaceable = is_bundle(out) if out.is_dir() else out.suffix == ".bca" and zipfile.is_zipfile(out)
-    if not replaceable:
+    if out.is_dir() and not out.is_symlink():
+        if out.suffix == ".bca":
+            raise BundleError(f"{out} is a directory, and an archive of that name is to be made; choose another name")
+        if not any(out.iterdir()):
+            return
+    if out.is_symlink() or not _replaceable(out):
         raise BundleError(f"{out} exists and is not a bundle; it is never touched, with --force either: choose another --out")
     if not force:
         raise BundleError(f"{out} already holds a bundle; use --force to replace it, or choose another --out")
+
+
+def _replaceable(out: Path) -> bool:
+    if out.is_dir():
+        return is_bundle(out) and bool(read_manifest(out))
+    if out.suffix != ".bca" or not zipfile.is_zipfile(out):
+        return False
+    with zipfile.ZipFile(out) as archive:
+        return MANIFEST_FILE in archive.namelist()
 
 
 @contextlib.contextmanager
@@ -88,13 +100,18 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _remove_leftovers(out: Path) -> None:
     """Clean up after a writer that was killed: the lock is ours, so nobody is using these."""
-    for old in out.parent.glob(f".{out.name}.old-*"):
+    for old in _leftovers(out, "old"):
         if not out.exists():
             old.rename(out)  # killed between the two renames of a replacement
         else:
             shutil.rmtree(old, ignore_errors=True)
-    for partial in out.parent.glob(f".{out.name}.partial-*"):
+    for partial in _leftovers(out, "partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _leftovers(out: Path, kind: str) -> list[Path]:
+    pattern = re.compile(re.escape(f".{out.name}.{kind}-") + r"[a-z0-9_]+")
+    return [path for path in out.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
 
 
 def _publish(staging: Path, out: Path) -> None:
@@ -108,8 +125,12 @@ def _publish(staging: Path, out: Path) -> None:
     _keep_unlisted(out, staging)
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     out.rename(old)
-    staging.rename(out)
-    shutil.rmtree(old)
+    try:
+        staging.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _keep_unlisted(out: Path, staging: Path) -> None:
@@ -119,6 +140,8 @@ def _keep_unlisted(out: Path, staging: Path) -> None:
         listed |= set(read_manifest(out).files)
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out)
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            (staging / name).mkdir(parents=True, exist_ok=True)
         if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in listed:
             target = staging / name
             if target.exists():

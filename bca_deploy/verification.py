@@ -1,11 +1,12 @@
 """Hold a finished bundle against PyTorch again, any time later: files, self-test, and the full parity matrix."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 
@@ -74,17 +75,32 @@ def _verify_model(
     subject = Subject(path, checkpoint, manifest.interface, manifest.dims, model.precision, model.keep_io_types)
     own = judge_inputs(subject, samples) if samples else None
     verdict = judge(subject, scope, progress.cases)
-    return verdict.joined(own) if own else verdict
+    return verdict if own is None else verdict.joined(own)  # a failed verdict is false
 
 
 def _check_external_data(bundle: Bundle, path: Path) -> None:
     """Refuse weights stored outside the bundle, or in a file that the manifest does not list."""
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{path.name} is not an ONNX model: {error}; export the bundle again") from error
+    for tensor in _tensors(model.graph):
         if uses_external_data(tensor):
-            location = next(entry.value for entry in tensor.external_data if entry.key == "location")
+            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if not location:
+                raise BundleError(f"{path.name} keeps weight {tensor.name} in a file but does not say in which; do not use it")
             name = safe_path(path.parent, location).relative_to(bundle.directory).as_posix()
             if name not in bundle.manifest.files:
                 raise BundleError(f"{path.name} keeps weight {tensor.name} in {location}, which the manifest does not list")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that may keep its data in a file: initializers and the nodes' attributes, subgraphs included."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from ([attribute.t] if attribute.HasField("t") else attribute.tensors)
+        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            yield from _tensors(inner)
 
 
 def _run_selftest(bundle: Bundle, model: ModelEntry, path: Path) -> None:
