@@ -35,9 +35,6 @@ def read(path: Path, needed: tuple[str, ...] = ("x", "context", "out", "context_
         InputError: not a readable ``.npz``, a name missing or unknown, a wrong dtype.
     """
     arrays = _read_npz(path)
-    unknown = sorted(set(arrays) - {*_INPUTS, *_OUTPUTS})
-    if unknown:
-        raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*_INPUTS, *_OUTPUTS))}")
     absent = [name for name in needed if name not in arrays]
     if absent:
         raise InputError(f"{path}: {', '.join(absent)} missing; save {', '.join(needed)}, and the masks and the bias you gave")
@@ -53,6 +50,9 @@ def _read_npz(path: Path) -> Arrays:
             arrays = {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz of plain arrays: {error}; write it with numpy.savez") from error
+    unknown = sorted(set(arrays) - {*_INPUTS, *_OUTPUTS})
+    if unknown:
+        raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*_INPUTS, *_OUTPUTS))}")
     for name, array in arrays.items():
         allowed = ["bool"] if name.endswith("mask") else list(_PRECISIONS)
         if array.dtype.name not in allowed:

@@ -563,7 +563,7 @@ SEED_TALKING = {"talking_heads.weight", "context_talking_heads.weight"}
         ({"prenorm": True, "talking_heads": True}, SEED_NAMES | SEED_NORMS | SEED_TALKING),
         ({"prenorm": True, "norm": "rms"}, SEED_NAMES | {"norm.weight", "context_norm.weight"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_parameter_names_are_the_seeds(options: dict[str, Any], names: set[str]) -> None:
     assert set(build(make_spec(**options)).state_dict()) == names
