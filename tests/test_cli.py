@@ -507,14 +507,18 @@ def test_failed_parity_exits_1_and_leaves_no_bundle(samples: Path, tmp_path: Pat
         refused(result, r"the exported model is not the PyTorch layer \(\d+ failures\):\n  .*largest error .*, allowed", code=1)
 
 
-@pytest.mark.usefixtures("traced")
-def test_failed_parity_leaves_the_old_bundle(samples: Path, tmp_path: Path, copy: Path) -> None:
+@pytest.mark.usefixtures("judged")
+def test_failed_parity_leaves_the_old_bundle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copy: Path, layer: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(pipeline, "judge", lambda *args: plain_verdict(("it is wrong",)))
     with nothing_written(tmp_path):
-        ended(bca_export("--checkpoint", samples / "retrained.safetensors", "--heads", "3", "--out", copy, "--force"), 1)
+        refused(bca_export(*layer, "--out", copy, "--force"), "it is wrong", code=1)
 
 
-@pytest.mark.usefixtures("traced")
-def test_keep_failed_leaves_what_failed_to_look_at(samples: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("judged")
+def test_keep_failed_leaves_what_failed_to_look_at(monkeypatch: pytest.MonkeyPatch, samples: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(pipeline, "judge", lambda *args: plain_verdict(("it is wrong",)))
     for _ in range(2):  # the second time in place of the first
         result = bca_export("--checkpoint", samples / "retrained.safetensors", "--heads", "3", "--keep-failed", "--out", "m")
         ended(result, 1)
@@ -526,6 +530,7 @@ def test_keep_failed_leaves_what_failed_to_look_at(samples: Path, tmp_path: Path
     result = bca("inspect", "m.failed")
     ended(result, 0)
     assert re.search(r"FAILED, \d+ cases \(quick\)", result.stdout)
+    # The graph is of the weights before these, whatever the verdict above says of it.
     refused(bca("verify", "m.failed", "--parity", "quick"), "self-test fp32/.* is off by", code=1)
 
 
@@ -813,7 +818,9 @@ def test_external_weights_without_a_place_are_refused(copy: Path) -> None:
     refused(bca("verify", copy, "--parity", "quick"), r"to_v\.weight")
 
 
-def test_external_weights_that_the_manifest_lists_are_read(copy: Path) -> None:
+def test_external_weights_that_the_manifest_lists_are_read(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
+    monkeypatch.setattr(verification, "judge", lambda *args: plain_verdict())  # the self-test shows it
+
     def move(model: onnx.ModelProto) -> None:
         tensor = weight(model)
         (copy / "models/fp32.onnx.data").write_bytes(tensor.raw_data)

@@ -488,9 +488,11 @@ def test_a_directory_where_an_archive_should_go_is_refused_before_any_work(tmp_p
 # ---- archives
 
 
-def test_an_archive_of_equal_content_is_equal(tmp_path: Path) -> None:
+def test_an_archive_of_equal_content_is_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with staged(tmp_path / "a" / "one.bca") as directory:
         fill(directory, x="1", y="2")
+    listing = Path.rglob  # a file system lists its files in whatever order it likes
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: reversed(list(listing(path, pattern))))
     with staged(tmp_path / "b" / "two.bca") as directory:
         (directory / "models").mkdir()
         (directory / "models" / "y.onnx").write_text("2")  # another order, time and mode
