@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,9 +38,9 @@ from bca_deploy.manifest import (
 )
 from bca_deploy.onnx_graph import check_opset, trace, write
 from bca_deploy.parity import Subject, judge, judge_inputs
-from bca_deploy.recipe import Recipe, read_recipe
+from bca_deploy.recipe import LayerTable, Recipe, read_recipe
 from bca_deploy.runners import onnxruntime
-from bca_deploy.spec import Axis, Lowering, Precision
+from bca_deploy.spec import Axis, LayerSpec, Lowering, Precision
 from bca_deploy.store import check_target, staged
 from bca_deploy.verdict import Verdict, report, significant
 
@@ -134,22 +134,26 @@ def load_checkpoint(recipe: Recipe, path: Path | None, heads: int | None, prefix
         CheckpointError: see :func:`bca_deploy.checkpoint.load`.
         InputError: the recipe's ``[layer]`` does not agree with the checkpoint, or heads missing.
     """
+    if heads is not None:  # the flag overrides the recipe
+        recipe = recipe.model_copy(update={"layer": recipe.layer.model_copy(update={"heads": heads})})
     if path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            return from_module(build(recipe.layer.spec()), heads)
+            return from_module(build(recipe.layer.spec()))
     given = recipe.layer.heads if "heads" in recipe.layer.model_fields_set else None
-    checkpoint = load(path, given if heads is None else heads, prefix)
-    _check_agreement(recipe, checkpoint)
+    checkpoint = load(path, given, prefix)
+    _check_agreement(recipe.layer, checkpoint.spec)
     return checkpoint
 
 
-def _check_agreement(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    wanted = recipe.layer.spec()
-    for name in sorted(recipe.layer.model_fields_set & {f.name for f in fields(wanted)}):
-        asked, found = getattr(wanted, name), getattr(checkpoint.spec, name)
-        if asked != found and not (name == "norm" and not checkpoint.spec.prenorm):
-            raise InputError(f"layer.{name} is {asked!r} in the recipe and {found!r} in the checkpoint; correct the recipe")
+def _check_agreement(layer: LayerTable, found: LayerSpec) -> None:
+    """Hold the keys that the recipe gives against the checkpoint; what it leaves out is the checkpoint's to say."""
+    has = asdict(found) | {"ff_expansion": (found.ff_hidden or 0) / found.dim}
+    for name in sorted(layer.model_fields_set):
+        asked = getattr(layer, name)
+        same = int(found.dim * asked) == found.ff_hidden if name == "ff_expansion" else asked == has[name]
+        if not same and not (name == "norm" and not found.prenorm):
+            raise InputError(f"layer.{name} is {asked!r} in the recipe and {has[name]!r} in the checkpoint; correct the recipe")
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = False, expected: Arrays | None = None) -> Plan:

@@ -114,6 +114,28 @@ def test_a_recipe_s_layer_must_agree_with_the_checkpoint(tmp_path: Path) -> None
         pipeline.load_checkpoint(recipe, tmp_path / "w.pt", heads=3)
 
 
+def test_a_recipe_s_layer_says_only_what_it_gives(tmp_path: Path) -> None:
+    sizes = {"ff_hidden": 48, "context_ff_hidden": 32}
+    checkpoint = make_checkpoint(prenorm=True, norm="rms", depth=1, **sizes)
+    torch.save(checkpoint.state, tmp_path / "w.pt")
+    assert (
+        pipeline.load_checkpoint(
+            read_recipe(None, {"layer": {"depth": 1, "ff_expansion": 2.0}}), tmp_path / "w.pt", 3
+        ).spec.depth
+        == 1
+    )
+    with pytest.raises(InputError, match=r"layer\.ff_expansion is 4\.0 in the recipe and 2\.0 in the checkpoint"):
+        pipeline.load_checkpoint(read_recipe(None, {"layer": {"ff_expansion": 4.0}}), tmp_path / "w.pt", 3)
+
+
+def test_heads_given_by_flag_override_the_recipe(tmp_path: Path) -> None:
+    seeded = pipeline.load_checkpoint(Recipe(), None, heads=4).spec
+    assert (seeded.heads, seeded.dim_head) == (4, 64)
+    checkpoint = make_checkpoint()
+    torch.save(checkpoint.state, tmp_path / "w.pt")
+    assert pipeline.load_checkpoint(read_recipe(None, {"layer": {"heads": 2}}), tmp_path / "w.pt", heads=6).spec.heads == 6
+
+
 @pytest.mark.slow
 def test_failed_parity_leaves_no_bundle_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "_mean", lambda v: v[:, :, :1] * 0)
