@@ -244,7 +244,7 @@ BAD_INPUT = {
         "heads cannot be read from this checkpoint .*give --heads, one of the divisors of the inner width 24: 1, 2, 3, 4, 6",
     ),
     "heads 0": ("--checkpoint {samples}/layer.safetensors --heads 0", "heads 0"),
-    "heads 0 without a checkpoint": ("--heads 0", "heads 0"),
+    "heads 0 without a checkpoint": ("--heads 0", "layer.heads is 0; it must be at least 1"),
     "heads -3": ("--checkpoint {samples}/layer.safetensors --heads -3", "heads -3 does not divide"),
     "other heads than the talking ones": (
         "--checkpoint {samples}/talking.safetensors --heads 4",
