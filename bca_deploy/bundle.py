@@ -100,9 +100,9 @@ def read_manifest(directory: Path, shown: Path | None = None) -> Manifest:
     if not path.is_file():
         raise BundleError(f"{shown} is not a bundle: it has no {MANIFEST_FILE}; make one with bca-export --out {shown}")
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        _check_format(content, shown)
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_format(json.loads(text), shown)
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

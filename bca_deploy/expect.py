@@ -14,13 +14,11 @@ from torch import nn
 from bca_deploy.cases import Case, Family, make_inputs
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError, ParityError, nearest
-from bca_deploy.spec import Dims, Interface, LayerSpec, Precision
+from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Dims, Interface, LayerSpec, Precision
 from bca_deploy.truth import allowed_error, roundoff_slack, run_module, true_outputs
 
 Arrays = dict[str, NDArray[Any]]
 
-_INPUTS = ("x", "context", "mask", "context_mask", "rel_pos_bias")
-_OUTPUTS = ("out", "context_out", "attn", "context_attn")
 _PRECISIONS: dict[str, Precision] = {"float16": "fp16", "float32": "fp32", "float64": "fp32"}
 
 
@@ -50,9 +48,9 @@ def _read_npz(path: Path) -> Arrays:
             arrays = {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz of plain arrays: {error}; write it with numpy.savez") from error
-    unknown = sorted(set(arrays) - {*_INPUTS, *_OUTPUTS})
+    unknown = sorted(set(arrays) - {*INPUT_NAMES, *OUTPUT_NAMES})
     if unknown:
-        raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*_INPUTS, *_OUTPUTS))}")
+        raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*INPUT_NAMES, *OUTPUT_NAMES))}")
     for name, array in arrays.items():
         allowed = ["bool"] if name.endswith("mask") else list(_PRECISIONS)
         if array.dtype.name not in allowed:
@@ -78,7 +76,7 @@ def fit(arrays: Arrays, spec: LayerSpec, interface: Interface) -> None:
         InputError: an input that the model will not have, a wrong shape.
     """
     axes = interface.inputs(spec)
-    for name in _INPUTS:
+    for name in INPUT_NAMES:
         if name in arrays and name not in axes:
             raise InputError(f"the sample has {name}, but the export has no such input; add it (see --help) or leave it out")
     for name, width in (("x", spec.dim), ("context", spec.context_dim)):
@@ -99,7 +97,7 @@ def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
     precision = _PRECISIONS[arrays["out"].dtype.name]
     dtype = torch.float16 if precision == "fp16" else torch.float32
     interface = Interface("mask" in arrays, "context_mask" in arrays, "batch", attention_maps="attn" in arrays)
-    inputs = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items() if name in _INPUTS}
+    inputs = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items() if name in INPUT_NAMES}
     truth, largest = true_outputs(checkpoint.module(torch.float64), inputs, interface)
     eager = run_module(checkpoint.module(dtype), inputs, interface, dtype)
     slack = roundoff_slack(checkpoint.spec, precision, largest)

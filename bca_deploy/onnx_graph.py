@@ -21,13 +21,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from bca_deploy.errors import ExportError, InputError
 from bca_deploy.lowering import LoweredModel
-from bca_deploy.spec import Axis, Interface, LayerSpec
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
-
-#: Above this many bytes weights leave the .onnx file: protobuf cannot hold 2 GiB.
-EXTERNAL_DATA_BYTES = 2_000_000_000
 
 # Sizes to trace with: all different and none 0 or 1, so that torch.export specialises on nothing by accident.
 _TRACE_SIZES = {"batch": 3, "x_len": 6, "context_len": 5}

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bca_deploy.cases import NUMPY_DTYPES, Scope, Sharpness, make_inputs, matrix, round_to
+from bca_deploy.cases import Scope, Sharpness, make_inputs, matrix, round_to
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError
 from bca_deploy.lowering import DTYPES
-from bca_deploy.runners import Runner, ort_runner, sharpened_copy, strict_runner_of
+from bca_deploy.runners import Runner, at_edges, ort_runner, sharpened_copy, strict_runner_of
 from bca_deploy.spec import Dims, Interface, Precision
 from bca_deploy.truth import (
     allowed_error,
@@ -188,8 +188,8 @@ class _Benches:
             self.changes.append(self._weight_change(inputs, truth))
         slack = roundoff_slack(subject.checkpoint.spec, subject.precision, largest_logit)
         trial = _Trial(truth, eager, live_rows(inputs, truth), slack)
-        small = next(iter(truth.values())).shape[0] * subject.checkpoint.spec.heads * _pairs(inputs) <= STRICT_WEIGHTS
-        edges = _at_edges(inputs, subject)
+        small = _weights(inputs, subject.checkpoint.spec.heads) <= STRICT_WEIGHTS
+        edges = at_edges(inputs, subject.precision, subject.keep_io_types)
         return [
             trial.judge(name, family, sharpness, runtime, _outcome(runner, edges))
             for runtime, runner in bench.runners.items()
@@ -226,13 +226,8 @@ def _outcome(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array] | 
         return f"failed to run: {str(error).splitlines()[0][:200]}"
 
 
-def _at_edges(inputs: Mapping[str, Array], subject: Subject) -> dict[str, Array]:
-    dtype = np.float32 if subject.keep_io_types else NUMPY_DTYPES[subject.precision]
-    return {name: a if a.dtype == bool else a.astype(dtype) for name, a in inputs.items()}
-
-
-def _pairs(inputs: Mapping[str, Array]) -> int:
-    return int(inputs["x"].shape[1] * inputs["context"].shape[1])
+def _weights(inputs: Mapping[str, Array], heads: int) -> int:
+    return int(heads * inputs["x"].shape[0] * inputs["x"].shape[1] * inputs["context"].shape[1])
 
 
 @dataclass(frozen=True)
@@ -257,15 +252,15 @@ class _Trial:
         regions: dict[Region, RegionError] = {}
         failures: list[str] = []
         for region in REGIONS:
-            found, problems = self._region(wide, region)
-            failures += problems
+            found, broken = self._region(wide, region)
+            failures += broken
             if found is not None:
                 regions[region] = found
         cosine = min(_cosine(wide[key], self.truth[key]) for key in wide)
         return CaseResult(name, family, sharpness, runtime, regions, cosine, tuple(failures))
 
     def _region(self, outputs: dict[str, Array], region: Region) -> tuple[RegionError | None, list[str]]:
-        relative, eager_relative, problems, tightest = [], [], [], (0.0, np.inf)
+        relative, eager_relative, broken, tightest = [], [], [], (0.0, np.inf)
         for key, truth in self.truth.items():
             rows = self.live[key] == (region == "live")
             if not rows.any():
@@ -274,14 +269,14 @@ class _Trial:
             bound = allowed_error(eager, truth, self.slack)
             worst = float(error.max())
             if not worst <= bound:
-                problems.append(f"{key}, {region} rows: largest error {worst:.3g}, allowed {bound:.3g}")
+                broken.append(f"{key}, {region} rows: largest error {worst:.3g}, allowed {bound:.3g}")
             tightest = max(tightest, (worst, bound), key=lambda pair: pair[0] / max(pair[1], 1e-300))
             scale = np.sqrt(mean_square(truth))
             relative.append(error / scale)
             eager_relative.append(eager / scale)
         if not relative:
             return None, []
-        return _region_error(np.concatenate(relative), np.concatenate(eager_relative), tightest), problems
+        return _region_error(np.concatenate(relative), np.concatenate(eager_relative), tightest), broken
 
 
 def _region_error(relative: Array, eager: Array, tightest: tuple[float, float]) -> RegionError:

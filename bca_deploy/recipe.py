@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bca_deploy.errors import InputError, nearest
-from bca_deploy.spec import Bias, DimRange, Dims, Interface, LayerSpec, Lowering, Norm, Precision
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Bias, DimRange, Dims, Interface, LayerSpec, Lowering, Norm, Precision
 
 
 class _Table(BaseModel):
@@ -73,7 +73,7 @@ class Recipe(_Table):
     precision: Annotated[tuple[Precision, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("fp32",)
     keep_io_types: bool = True
     parity: Literal["quick", "full"] = "quick"
-    external_data_bytes: int = Field(default=2_000_000_000, ge=0)
+    external_data_bytes: int = Field(default=EXTERNAL_DATA_BYTES, ge=0)
     seed: int = 0
 
     @property

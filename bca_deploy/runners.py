@@ -10,8 +10,10 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from bca_deploy.cases import NUMPY_DTYPES
 from bca_deploy.errors import ExportError, missing
 from bca_deploy.evaluator import strict_runner
+from bca_deploy.spec import Precision
 
 Array = NDArray[Any]
 #: From inputs to outputs, both by name.
@@ -51,6 +53,12 @@ def ort_runner(path: Path) -> Runner:
         raise ExportError(f"onnxruntime does not load {path.name}: {error}") from error
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def at_edges(inputs: Mapping[str, Array], precision: Precision, keep_io_types: bool) -> dict[str, Array]:
+    """Return the inputs with floats in the dtype that a model of this precision takes."""
+    dtype = np.float32 if keep_io_types else NUMPY_DTYPES[precision]
+    return {name: a if a.dtype == bool else a.astype(dtype) for name, a in inputs.items()}
 
 
 def strict_runner_of(path: Path) -> Runner:

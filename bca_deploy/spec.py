@@ -16,6 +16,13 @@ _STRICT = {"extra": "forbid"}
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+#: Every input and every output that a model may have, in order.
+INPUT_NAMES = ("x", "context", "mask", "context_mask", "rel_pos_bias")
+OUTPUT_NAMES = ("out", "context_out", "attn", "context_attn")
+
+#: Above this many bytes weights leave the .onnx file: protobuf cannot hold 2 GiB.
+EXTERNAL_DATA_BYTES = 2_000_000_000
+
 # nn.RMSNorm(eps=None) takes its eps from the dtype (2.2e-16 in float64); it is pinned to float32's everywhere, so that the
 # float64 truth and the half graphs normalise with the same number. nn.LayerNorm's default is 1e-5.
 NORM_EPS: dict[Norm, float] = {"layer": 1e-5, "rms": 1.1920929e-07}

@@ -58,7 +58,9 @@ def check_target(out: Path, force: bool) -> None:
 
 def _replaceable(out: Path) -> bool:
     if out.is_dir():
-        return is_bundle(out) and bool(read_manifest(out))
+        if is_bundle(out):
+            read_manifest(out)  # raises where it is damaged: nobody knows then which files are the bundle's
+        return is_bundle(out)
     if out.suffix != ".bca" or not zipfile.is_zipfile(out):
         return False
     with zipfile.ZipFile(out) as archive:

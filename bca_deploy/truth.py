@@ -13,7 +13,7 @@ from bca_deploy.cases import Case, Sharpness, logit_target, make_inputs
 from bca_deploy.checkpoint import Checkpoint, State
 from bca_deploy.lowering import DTYPES
 from bca_deploy.runners import is_query_weight
-from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision
+from bca_deploy.spec import OUTPUT_NAMES, UNIT_ROUNDOFF, Interface, LayerSpec, Precision
 
 Array = NDArray[Any]
 
@@ -28,11 +28,10 @@ _RANDOM = Case("no mask", "plain", 2, 16, 16, 0)
 
 def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
     """Run a reference module in ``dtype`` and return its outputs by name as float64."""
-    names = ("out", "context_out", "attn", "context_attn")
     tensors = {name: torch.from_numpy(a) if a.dtype == bool else torch.from_numpy(a).to(dtype) for name, a in inputs.items()}
     extra = {"return_attn": True} if interface.attention_maps else {}
     with torch.no_grad():
-        return {name: tensor.double().numpy() for name, tensor in zip(names, module(**tensors, **extra), strict=False)}
+        return {name: tensor.double().numpy() for name, tensor in zip(OUTPUT_NAMES, module(**tensors, **extra), strict=False)}
 
 
 def true_outputs(
@@ -126,9 +125,8 @@ def sharpening(checkpoint: Checkpoint, sharpness: Sharpness, precision: Precisio
     """
     if sharpness == "plain":
         return 1.0
-    largest = max(
-        true_outputs(checkpoint.module(torch.float64), probe, _UNMASKED, np.inf)[1] for probe in _probes(checkpoint, sharpness)
-    )
+    module = checkpoint.module(torch.float64)
+    largest = max(true_outputs(module, probe, _UNMASKED, np.inf)[1] for probe in _probes(checkpoint, sharpness))
     mantissa, exponent = np.frexp(logit_target(sharpness, precision, checkpoint.spec.scale) / largest) if largest else (0.5, 1)
     return float(np.ldexp(np.round(mantissa * 256) / 256, exponent))
 

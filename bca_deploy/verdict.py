@@ -29,8 +29,8 @@ class RegionError:
         eager_squares: the same for PyTorch eager; NaN where eager is not finite.
         mean: mean relative error.
         p99: 99th percentile.
-        max: largest absolute error.
-        bound: what the rule allows for ``max``, at the output where it is tightest.
+        max: largest absolute error, at the output that comes nearest to its bound.
+        bound: what the rule allows there.
     """
 
     count: int

@@ -12,13 +12,13 @@ from onnx.external_data_helper import uses_external_data
 
 from bca_deploy import expect, selftest
 from bca_deploy.bundle import Bundle, safe_path
-from bca_deploy.cases import NUMPY_DTYPES, Scope
+from bca_deploy.cases import Scope
 from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
 from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.pipeline import Progress, Silent
-from bca_deploy.runners import Runner, ort_runner, strict_runner_of
+from bca_deploy.runners import Runner, at_edges, ort_runner, strict_runner_of
 from bca_deploy.verdict import Verdict
 
 Arrays = dict[str, NDArray[Any]]
@@ -105,12 +105,11 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _run_selftest(bundle: Bundle, model: ModelEntry, path: Path) -> None:
     runner: Runner = strict_runner_of(path) if model.precision == "bf16" else ort_runner(path)
-    edge = np.float32 if model.keep_io_types else NUMPY_DTYPES[model.precision]
     with np.load(bundle.path(SELFTEST_FILE), allow_pickle=False) as arrays:
         failures = selftest.failures(
             arrays,
             model.precision,
-            lambda inputs: runner({n: a if a.dtype == bool else a.astype(edge) for n, a in inputs.items()}),
+            lambda inputs: runner(at_edges(inputs, model.precision, model.keep_io_types)),
         )
     if failures:
         raise ParityError("; ".join(failures))
