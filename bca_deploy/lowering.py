@@ -6,6 +6,10 @@ that the graph holds them as they are; equal to the reference at live and at dea
 A row is dead where its own mask is false or no key is live; the reference gives it the mean over ALL values, padded ones
 too, because its whole row is filled with one number before the softmax. A key mask alone cannot do that, so ``fused``
 computes two ordinary attentions and selects the mean for dead rows afterwards.
+
+Inside, activations are ``[length, batch, features]``: batch and heads then lie side by side in memory, and NVIDIA's attention
+kernel reads the projections where they are instead of copying each into head order (TensorRT-RTX 1.7.1: 121 MB of scratch
+memory instead of 147, at 8x2048x2048). On the CPU it makes no difference (within 3 %).
 """
 
 from typing import NamedTuple
@@ -162,22 +166,29 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, extras: _Extras) -> tuple[Tensor, ...]:
         x, context = self.norm(x), self.context_norm(context)
         # Scaled before the product, once for both directions: in float16 the unscaled product overflows first.
-        qk = self._split(self.to_qk(x)) * self.scale
-        context_qk = self._split(self.context_to_qk(context))
-        v, context_v = self._split(self.to_v(x)), self._split(self.context_to_v(context))
-        out, context_out, *maps = self.attend(qk, context_qk, v, context_v, extras)
+        qk = self.split(self.to_qk(x)) * self.scale
+        context_qk = self.split(self.context_to_qk(context))
+        out, context_out, *maps = self.attend(qk, context_qk, self.to_v(x), self.context_to_v(context), extras)
         return self.to_out(_merge(out)), self.context_to_out(_merge(context_out)), *maps
 
     def attend(self, qk: Tensor, context_qk: Tensor, v: Tensor, context_v: Tensor, extras: _Extras) -> tuple[Tensor, ...]:
-        """Return ``out``, ``context_out`` (heads split) and whatever attention maps the lowering forms."""
+        """Return ``out``, ``context_out`` (``[B, H, N, D]``) and whatever attention maps the lowering forms.
+
+        Args:
+            qk: queries and keys of ``x`` ``[B, H, N, D]``, scaled; ``context_qk`` those of ``context``.
+            v: values of ``x`` ``[N, B, H * D]``; ``context_v`` those of ``context``.
+            extras: masks and bias.
+        """
         raise NotImplementedError
 
-    def _split(self, t: Tensor) -> Tensor:
-        return t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2)
+    def split(self, t: Tensor) -> Tensor:
+        """From ``[N, B, H * D]`` to ``[B, H, N, D]``."""
+        return t.reshape(*t.shape[:2], self.heads, -1).permute(1, 2, 0, 3)
 
 
 def _merge(t: Tensor) -> Tensor:
-    return t.transpose(1, 2).flatten(-2)
+    """From ``[B, H, N, D]`` to ``[N, B, H * D]``."""
+    return t.permute(2, 0, 1, 3).flatten(-2)
 
 
 class _ReferenceAttention(_Attention):
@@ -197,7 +208,7 @@ class _ReferenceAttention(_Attention):
             sim = torch.where(live, sim, torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype))
         attn = self.talking_heads(sim.softmax(-1))
         context_attn = self.context_talking_heads(sim.softmax(-2))
-        return attn @ context_v, context_attn.transpose(-1, -2) @ v, attn, context_attn
+        return attn @ self.split(context_v), context_attn.transpose(-1, -2) @ self.split(v), attn, context_attn
 
 
 def _pairs(mask: Tensor | None, context_mask: Tensor | None) -> Tensor | None:
@@ -222,9 +233,9 @@ class _FusedAttention(_Attention):
         sim = q @ k.transpose(-1, -2)
         sim = sim if bias is None else sim + bias
         sim = sim if other is None else sim + self._key_mask(other)
-        attended = sim.softmax(-1) @ v
+        attended = sim.softmax(-1) @ self.split(v)
         live = _live_rows(own, other)
-        return attended if live is None else torch.where(live, attended, _mean(v))
+        return attended if live is None else torch.where(live, attended, self.split(_mean(v)))
 
     def _key_mask(self, live: Tensor) -> Tensor:
         """Return ``[B, 1, 1, keys]``: 0 where live, the lowest number where dead."""
@@ -241,8 +252,8 @@ def _live_rows(own: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _mean(v: Tensor) -> Tensor:
-    """Return the mean over keys ``[B, H, 1, D]``, summed in float32: 2048 values of 100 overflow float16."""
-    return (v.float().sum(-2, keepdim=True) / v.shape[-2]).to(v.dtype)
+    """Return the mean over keys ``[1, B, H * D]``, summed in float32: 2048 values of 100 overflow float16."""
+    return (v.float().sum(0, keepdim=True) / v.shape[0]).to(v.dtype)
 
 
 class _Block(nn.ModuleList):
@@ -289,10 +300,10 @@ def _build(spec: LayerSpec, lowering: Lowering, dtype: torch.dtype) -> nn.Module
 
 
 class LoweredModel(nn.Module):
-    """The traceable module: the lowered layer or transformer as ``core``, with casts at the edges.
+    """The traceable module: the lowered layer or transformer as ``core``, with casts and transposes at the edges.
 
     Args:
-        core: the lowered layer or transformer.
+        core: the lowered layer or transformer; takes and returns ``[length, batch, features]``.
         cast_to: what ``x`` and ``context`` are cast to on the way in; None leaves it to the core's norms.
         edge: dtype of the floating-point inputs and outputs.
         attention_maps: return the core's attention maps as well.
@@ -313,5 +324,7 @@ class LoweredModel(nn.Module):
         """Run as the reference layer does: the same shapes and results, in the edge dtype."""
         if self.cast_to is not None:
             x, context = x.to(self.cast_to), context.to(self.cast_to)
-        results = self.core(x, context, _Extras(mask, context_mask, rel_pos_bias))
-        return tuple(t.to(self.edge) for t in (results if self.attention_maps else results[:2]))
+        extras = _Extras(mask, context_mask, rel_pos_bias)
+        out, context_out, *maps = self.core(x.transpose(0, 1), context.transpose(0, 1), extras)
+        shown = maps if self.attention_maps else []
+        return tuple(t.to(self.edge) for t in (out.transpose(0, 1), context_out.transpose(0, 1), *shown))

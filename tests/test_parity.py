@@ -38,7 +38,7 @@ def wrong_values(verdict: Verdict) -> list[str]:
 
 
 def zero_mean(v: torch.Tensor) -> torch.Tensor:
-    return v[:, :, :1] * 0
+    return v[:1] * 0
 
 
 def fill_of_ten_thousand(self: lowering._FusedAttention, live: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,8 @@ def literal_fill_of_ten_thousand(self, qk, context_qk, v, context_v, extras):  #
     live = lowering._pairs(extras.mask, extras.context_mask)
     sim = torch.where(live, sim, torch.full((), -10000.0, dtype=self.dtype))
     attn, context_attn = sim.softmax(-1), sim.softmax(-2)
-    return attn @ context_v, context_attn.transpose(-1, -2) @ v, attn, context_attn
+    values, context_values = self.split(v), self.split(context_v)
+    return attn @ context_values, context_attn.transpose(-1, -2) @ values, attn, context_attn
 
 
 def bias_reshaped_not_turned(self, qk, context_qk, v, context_v, extras):  # type: ignore[no-untyped-def]
