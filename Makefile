@@ -3,6 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+# For checks without TensorRT, whose libraries are on NVIDIA's own index: its type stubs (mended where they are not Python:
+# `in` as a name, a default missing), and the bare bindings of both major versions.
+STUBS := 10.13.0.35.1
+BINDINGS := 10.16.1.11 11.4.0.106
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: setup demo check test bench clean
@@ -11,7 +16,10 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps --target $(VENV)/typings tensorrt-stubs==$(STUBS)
+	sed -i -e 's/\bin: list/inputs: list/' -e 's/channel_axis: int)/channel_axis: int = ...)/' $(VENV)/typings/tensorrt_bindings/tensorrt.pyi
+	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true
 	touch $@
 
 demo: $(READY)

@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BcaError": "bca_deploy.errors",
     "Bundle": "bca_deploy.bundle",
+    "build": "bca_deploy.building",
     "export": "bca_deploy.pipeline",
+    "refit": "bca_deploy.refitting",
     "verify": "bca_deploy.verification",
 }
 
-__all__ = ["BcaError", "Bundle", "__version__", "export", "verify"]
+__all__ = ["BcaError", "Bundle", "__version__", "build", "export", "refit", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bca_deploy.errors import BcaError, InputError
+from bca_deploy.errors import BcaError, InputError, nearest
 
 if TYPE_CHECKING:
     from bca_deploy.pipeline import Plan
@@ -35,6 +35,18 @@ export_app = typer.Typer(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath log.")]
+EngineFlag = Annotated[
+    Literal["rtx", "tensorrt"] | None,
+    typer.Option(help="Compile an engine: rtx ahead of time, tensorrt for the GPU at hand."),
+]
+TargetFlag = Annotated[
+    list[str] | None,
+    typer.Option(help="GPU generation for rtx, such as sm89; give it again for more. [default: all]"),
+]
+ProfileFlag = Annotated[
+    list[str] | None,
+    typer.Option(help="Optimization profile as batch=1:1:4,x_len=1:128:512; give it again for more. [default: the dims]"),
+]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory, or its .bca archive.")]
 
 
@@ -120,6 +132,9 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
     batch: Annotated[str | None, typer.Option(help="Batch size as MIN:OPT:MAX. [default: 1:4:8]")] = None,
     x_len: Annotated[str | None, typer.Option(help="Length of x as MIN:OPT:MAX. [default: 1:512:2048]")] = None,
     context_len: Annotated[str | None, typer.Option(help="Length of context as MIN:OPT:MAX. [default: 1:512:2048]")] = None,
+    engine: EngineFlag = None,
+    target: TargetFlag = None,
+    profile: ProfileFlag = None,
     out: Annotated[Path | None, typer.Option(help="The bundle's directory. [default: build/model]")] = None,
     archive: Annotated[Path | None, typer.Option(help="Write one .bca file instead of a directory.")] = None,
     external_data_bytes: Annotated[
@@ -147,6 +162,8 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             "inputs": {"mask": mask, "context_mask": context_mask, "rel_pos_bias": rel_pos_bias},
             "outputs": {"attention_maps": attention_maps},
             "dims": {"batch": _range(batch), "x_len": _range(x_len), "context_len": _range(context_len)},
+            "engine": {"library": engine, "targets": tuple(target) if target else None},
+            "profile": tuple(map(_profile, profile)) if profile else None,
         }
         _check_paths(checkpoint, expect)
         plan = _plan(recipe, options, checkpoint, heads, prefix, expect, _target(out, archive), force)
@@ -158,6 +175,16 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
         with console.progress() as progress:
             verdicts = pipeline.run(plan, progress, keep_failed)
         console.show_verdicts(verdicts, as_json, plan.out)
+        if plan.engine is not None and not as_json:
+            _show_engines(plan.out)
+
+
+def _show_engines(path: Path) -> None:
+    from bca_deploy import console
+    from bca_deploy.bundle import Bundle
+
+    with Bundle.open(path, check="off") as bundle:
+        console.show_engines(bundle.manifest.engines, bundle.manifest, path)
 
 
 def _plan(
@@ -177,6 +204,119 @@ def _plan(
     loaded = pipeline.load_checkpoint(read, checkpoint, heads, prefix)
     plan: Plan = pipeline.make_plan(read, loaded, out, force, samples.read(expect) if expect else {})
     return plan
+
+
+@app.command("build")
+def build_command(  # noqa: PLR0913  (one parameter per option)
+    bundle: BundleArgument,
+    engine: EngineFlag = None,
+    target: TargetFlag = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(help="Of the model to compile; made from the bundle's weights where absent. [default: fp16]"),
+    ] = None,
+    profile: ProfileFlag = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe with [engine] and [[profile]].")] = None,
+    workspace_mib: Annotated[int | None, typer.Option(help="Most scratch memory the engine may need, in MiB.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="How hard the builder tries, 0 to 5.")] = None,
+    aux_streams: Annotated[
+        int | None,
+        typer.Option(help="Streams besides the main one: more overlap for more memory. [default: 0]"),
+    ] = None,
+    layer_names: Annotated[
+        Literal["detailed", "names", "none"] | None,
+        typer.Option(help="What the engine tells about its layers. [default: detailed]"),
+    ] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: file of measured timings, made if absent.")] = None,
+    version_compatible: Annotated[
+        bool | None,
+        typer.Option("--version-compatible/--same-version", help="tensorrt: also loads in later versions."),
+    ] = None,
+    hardware_compatibility: Annotated[
+        Literal["none", "ampere_plus", "same_compute_capability"] | None,
+        typer.Option(help="tensorrt: which other GPUs may run it. [default: none]"),
+    ] = None,
+    strip_weights: Annotated[
+        bool | None,
+        typer.Option("--strip-weights/--keep-weights", help="tensorrt: leave the weights out."),
+    ] = None,
+    refittable: Annotated[bool | None, typer.Option("--refittable/--fixed", help="tensorrt: takes new weights.")] = None,
+    tf32: Annotated[bool | None, typer.Option("--tf32/--no-tf32", help="Let fp32 products round to TF32.")] = None,
+    time_limit_s: Annotated[float | None, typer.Option(help="Stop the builder after this many seconds.")] = None,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Compile a TensorRT engine into a bundle.
+
+    Exit codes: 0 done, 1 parity failed, 2 bad input or no engine. On 1, 2 and 130 the bundle is as it was.
+    """
+    with _guarded(verbose):
+        from bca_deploy import console
+        from bca_deploy.recipe import read_recipe
+
+        options = {
+            "library": engine,
+            "targets": tuple(target) if target else None,
+            "precision": precision,
+            "workspace_mib": workspace_mib,
+            "optimization_level": optimization_level,
+            "aux_streams": aux_streams,
+            "layer_names": layer_names,
+            "timing_cache": timing_cache,
+            "version_compatible": version_compatible,
+            "hardware_compatibility": hardware_compatibility,
+            "strip_weights": strip_weights,
+            "refittable": refittable,
+            "tf32": tf32,
+            "time_limit_s": time_limit_s,
+        }
+        asked = read_recipe(recipe, {"engine": options, "profile": tuple(map(_profile, profile)) if profile else None})
+        building = _need("building")
+        with console.progress() as progress:
+            entry = building.build_recipe(bundle, asked, progress)
+        _show_entry(entry, bundle, as_json)
+
+
+def _show_entry(entry: Any, bundle: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(entry.model_dump_json(indent=2))
+    else:
+        _show_engines(bundle)
+
+
+@app.command("refit")
+def refit_command(
+    bundle: BundleArgument,
+    checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer: .pt, .pth or .safetensors.")],
+    prefix: Annotated[str, typer.Option(help="Where the layer is inside a bigger checkpoint.")] = "",
+    expect: Annotated[Path | None, typer.Option(help="Sample .npz of the new weights, in place of the bundle's.")] = None,
+    drop_expect: Annotated[bool, typer.Option("--drop-expect", help="Go without the bundle's sample of the old.")] = False,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Put new weights into a bundle: models, parity, self-test and engines together.
+
+    Exit codes: 0 done, 1 parity failed, 2 bad input. On 1, 2 and 130 the bundle is as it was.
+    """
+    with _guarded(verbose):
+        _check_paths(checkpoint, expect)
+        refitting = _need("refitting")
+        from bca_deploy import console
+
+        with console.progress() as progress:
+            verdicts = refitting.refit(
+                bundle, checkpoint, prefix=prefix, sample=expect, drop_sample=drop_expect, progress=progress
+            )
+        console.show_verdicts(verdicts, as_json, bundle)
+
+
+@app.command("doctor")
+def doctor_command(as_json: JsonFlag = False, verbose: VerboseFlag = False) -> None:
+    """Show what this machine can do, and the command that adds what is missing."""
+    with _guarded(verbose):
+        from bca_deploy import console, doctor
+
+        console.show_findings(doctor.examine(), as_json)
 
 
 @app.command("verify")
@@ -241,6 +381,17 @@ def _range(text: str | None) -> dict[str, int] | None:
         raise InputError(f"dimension range {text!r}: give MIN:OPT:MAX such as 1:512:2048, or one number for a fixed size")
     low, opt, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     return {"min": low, "opt": opt, "max": high}
+
+
+def _profile(text: str) -> dict[str, dict[str, int] | None]:
+    names = ("batch", "x_len", "context_len")
+    parts = [part.partition("=") for part in text.split(",")]
+    for name, _, _ in parts:
+        if name.strip() not in names:
+            raise InputError(
+                f"profile {text!r}: {name!r} is no dimension{nearest(name, names)}; give batch=1:1:4,x_len=1:128:512"
+            )
+    return {name.strip(): _range(sizes) for name, _, sizes in parts}
 
 
 def _target(out: Path | None, archive: Path | None) -> Path:

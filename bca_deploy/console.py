@@ -17,6 +17,8 @@ from bca_deploy.manifest import Manifest
 from bca_deploy.spec import Axis, DimRange, LayerSpec
 
 if TYPE_CHECKING:
+    from bca_deploy.doctor import Finding
+    from bca_deploy.manifest import EngineEntry
     from bca_deploy.pipeline import Plan
     from bca_deploy.verdict import Verdict
 
@@ -39,7 +41,7 @@ class _Bar:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(name, total=None)
 
-    def cases(self, done: int, total: int) -> None:
+    def steps(self, done: int, total: int) -> None:
         if self.task is not None:
             self.bar.update(self.task, completed=done, total=total)
 
@@ -68,6 +70,9 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
         "parity": recipe.parity,
         "out": str(plan.out),
     }
+    if plan.engine is not None:
+        engine = plan.engine
+        content["engine"] = f"{engine.library.name} {engine.precision} for {', '.join(engine.targets) or 'the GPU at hand'}"
     if as_json:
         _print_json(content)
         return
@@ -141,10 +146,42 @@ def show_manifest(manifest: Manifest, where: Path) -> None:
     for entry in (*manifest.models[0].inputs, *manifest.models[0].outputs):
         tensors.add_row(entry.name, entry.dtype, _shape(entry.axes))
     _out.print(tensors)
+    if manifest.engines:
+        show_engines(manifest.engines, manifest, where)
     files = Table("file", "bytes", "sha256", box=SIMPLE)
     for name, file in manifest.files.items():
         files.add_row(name, str(file.bytes), file.sha256[:16])
     _out.print(files)
+
+
+def show_engines(entries: tuple["EngineEntry", ...], manifest: Manifest, where: Path) -> None:
+    """Print the engines, and of each stale one the reason and the command that rebuilds it."""
+    from bca_deploy.engines import installed, rebuild_command, why_stale
+
+    table = Table("engine", "library", "runs on", "profiles", "scratch MB", "weights MB", "attentions", box=SIMPLE)
+    notes = []
+    for entry in entries:
+        runs_on = ", ".join(entry.targets) or (entry.gpu.name if entry.gpu else "-")
+        fused = {True: "fused", False: "NOT fused", None: "unknown"}[entry.attentions_fused]
+        sizes = [f"{size / 1e6:.1f}" if size is not None else "-" for size in (entry.scratch_bytes, entry.weight_bytes)]
+        profiles = "static" if entry.static else str(len(entry.profiles))
+        table.add_row(entry.file, f"{entry.library} {entry.version}", runs_on, profiles, *sizes, fused)
+        if reason := why_stale(entry, manifest, installed(entry.library)):
+            notes.append(f"stale: {entry.file}: {reason}; rebuild it: {rebuild_command(entry, where)}")
+    _out.print(table)
+    for note in notes:
+        _out.print(note)
+
+
+def show_findings(findings: tuple["Finding", ...], as_json: bool) -> None:
+    """Print what the doctor found."""
+    if as_json:
+        _print_json([dataclasses.asdict(finding) for finding in findings])
+        return
+    table = Table("", "found", "needed for", "to add it", box=SIMPLE)
+    for finding in findings:
+        table.add_row(f"{'ok' if finding.ok else '--'} {finding.name}", finding.found, finding.enables, finding.fix)
+    _out.print(table)
 
 
 def describe(spec: LayerSpec) -> str:

@@ -30,6 +30,10 @@ class ExportError(BcaError):
     """The ONNX file could not be made as asked."""
 
 
+class EngineError(BcaError):
+    """An engine could not be built, or does not belong to this bundle, library or GPU."""
+
+
 class BundleError(BcaError):
     """A bundle that is missing, damaged, locked, unsafe or of a newer format."""
 

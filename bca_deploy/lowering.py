@@ -175,8 +175,10 @@ class _Attention(nn.Module):
         """Return ``out``, ``context_out`` (``[B, H, N, D]``) and whatever attention maps the lowering forms.
 
         Args:
-            qk: queries and keys of ``x`` ``[B, H, N, D]``, scaled; ``context_qk`` those of ``context``.
-            v: values of ``x`` ``[N, B, H * D]``; ``context_v`` those of ``context``.
+            qk: queries and keys of ``x``, scaled, ``[B, H, N, D]``.
+            context_qk: those of ``context``, ``[B, H, M, D]``.
+            v: values of ``x``, ``[N, B, H * D]``.
+            context_v: those of ``context``, ``[M, B, H * D]``.
             extras: masks and bias.
         """
         raise NotImplementedError

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from bca_deploy.spec import Axis, Dims, Interface, LayerSpec, Lowering, Precision
+from bca_deploy.recipe import EngineTable
+from bca_deploy.spec import Axis, Dims, EngineLibrary, Interface, LayerSpec, Lowering, Precision
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -16,6 +17,7 @@ BUILD_FILE = "build.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 DType = Literal["float32", "float16", "bfloat16", "bool"]
+Evidence = Literal["log", "scratch", "unknown"]
 
 
 class _Model(BaseModel):
@@ -57,6 +59,38 @@ class ModelEntry(_Model):
     parity: ParityEntry
 
 
+class GpuEntry(_Model):
+    """A GPU, as its driver names it."""
+
+    name: str = Field(description="product name")
+    compute_capability: str = Field(description="such as sm90")
+    driver: str = Field(description="version of the driver")
+
+
+class EngineEntry(_Model):
+    """One compiled engine."""
+
+    file: str = Field(description="path in the bundle")
+    library: EngineLibrary = Field(description="what loads it: TensorRT or TensorRT-RTX")
+    version: str = Field(description="version of that library, which must load it unless it is version compatible")
+    model: str = Field(description="the ONNX file it was compiled from")
+    model_sha256: Sha256 = Field(description="that file's hash then; another one now means that the engine is stale")
+    precision: Precision = Field(description="of the model")
+    targets: tuple[str, ...] = Field(description="compute capabilities it runs on; empty where it was built on its GPU")
+    gpu: GpuEntry | None = Field(description="the GPU it was built on and is for; none where it was built ahead of time")
+    profiles: tuple[Dims, ...] = Field(min_length=1, description="the ranges of each optimization profile")
+    static: bool = Field(description="whether every dimension is fixed, so that there is no profile to choose")
+    inputs: tuple[TensorEntry, ...] = Field(description="all inputs, with the dtype that the builder saw")
+    outputs: tuple[TensorEntry, ...] = Field(description="all outputs, likewise")
+    matmuls: dict[str, int] = Field(description="matrix products in the network, by element type")
+    weights: dict[str, int] = Field(description="values of the constants in the network, by element type")
+    scratch_bytes: int | None = Field(description="device memory besides weights, inputs and outputs, at the largest shapes")
+    weight_bytes: int | None = Field(description="device memory for weights")
+    attentions_fused: bool | None = Field(description="whether every attention became one kernel; null where unknown")
+    fusion_evidence: Evidence = Field(description="what that rests on: the log's layers, the scratch memory, or nothing")
+    options: EngineTable = Field(description="what it was built with; building with the same again refreshes it")
+
+
 class FileEntry(_Model):
     """Size and hash of one file."""
 
@@ -72,7 +106,7 @@ class Manifest(_Model):
     interface: Interface = Field(description="which optional inputs and outputs the models have")
     dims: Dims = Field(description="the named dimensions: smallest, optimal and largest size")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="the ONNX files, the preferred one first")
-    engines: tuple[JsonValue, ...] = Field(description="compiled engines; none yet in this version")
+    engines: tuple[EngineEntry, ...] = Field(description="compiled engines")
     versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
     files: dict[str, FileEntry] = Field(description="every file but manifest.json and build.json, by path")
 

@@ -2,69 +2,47 @@
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bca_deploy import expect, selftest
+from bca_deploy import engines, expect, selftest
 from bca_deploy.attention import build
-from bca_deploy.bundle import Bundle, sha256
+from bca_deploy.bundle import Bundle
 from bca_deploy.cases import NUMPY_DTYPES
-from bca_deploy.checkpoint import Checkpoint, from_module, load
+from bca_deploy.checkpoint import Checkpoint, from_module, load, read
+from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import BundleError, InputError, ParityError
-from bca_deploy.lowering import choose, lower
+from bca_deploy.lowering import DTYPES, choose, lower, lowered_state
 from bca_deploy.manifest import (
-    BUILD_FILE,
     EXPECT_FILE,
     FORMAT,
-    MANIFEST_FILE,
     PARITY_FILE,
     SELFTEST_FILE,
     WEIGHTS_FILE,
-    FileEntry,
     Manifest,
     ModelEntry,
     ParityEntry,
     TensorEntry,
 )
-from bca_deploy.onnx_graph import check_opset, trace, write
+from bca_deploy.onnx_graph import attach, check_opset, trace, write
 from bca_deploy.parity import Subject, judge, judge_inputs
-from bca_deploy.recipe import LayerTable, Recipe, read_recipe
+from bca_deploy.progress import Clock, Progress, Silent
+from bca_deploy.recipe import InputsTable, LayerTable, OutputsTable, Recipe, read_recipe
 from bca_deploy.runners import onnxruntime
-from bca_deploy.spec import Axis, LayerSpec, Lowering, Precision
-from bca_deploy.store import check_target, staged
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, LayerSpec, Lowering, Precision
+from bca_deploy.store import check_target, seal, staged, write_build, write_json
 from bca_deploy.verdict import Verdict, report, significant
 
 Arrays = dict[str, NDArray[Any]]
-
-
-class Progress(Protocol):
-    """Told what is going on; the command line draws it."""
-
-    def stage(self, name: str) -> None:
-        """Say which stage begins."""
-
-    def cases(self, done: int, total: int) -> None:
-        """Say how many parity cases of the running model are done."""
-
-
-class Silent:
-    """A progress that says nothing."""
-
-    def stage(self, name: str) -> None:
-        """Ignore it."""
-
-    def cases(self, done: int, total: int) -> None:
-        """Ignore it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +56,7 @@ class Plan:
         out: the directory or ``.bca`` archive.
         force: replace an existing bundle.
         expected: the user's own inputs and outputs, from ``--expect`` or a live module.
+        engine: what to compile after the models, where anything.
     """
 
     recipe: Recipe
@@ -86,6 +65,7 @@ class Plan:
     out: Path
     force: bool = False
     expected: Arrays = field(default_factory=dict)
+    engine: EnginePlan | None = None
 
 
 def export(
@@ -160,7 +140,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = F
     """Decide everything and refuse what cannot be done; writes nothing.
 
     Raises:
-        InputError: opset not on offer, or a sample that does not fit.
+        InputError: opset not on offer, a sample that does not fit, or an engine that cannot be built as asked.
         LoweringError: the lowering is impossible for this layer.
         BundleError: ``out`` may not be written.
         ParityError: the sample is not what the layer computes.
@@ -174,7 +154,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = F
     if expected:
         expect.fit(expected, checkpoint.spec, recipe.interface)
         expect.check(expected, checkpoint)
-    return Plan(recipe, checkpoint, lowering, out, force, expected or {})
+    if recipe.engine is None:
+        if recipe.profile:
+            raise InputError("an optimization profile without an engine: give --engine rtx or --engine tensorrt as well")
+        return Plan(recipe, checkpoint, lowering, out, force, expected or {})
+    engine = engines.plan(recipe.engine, recipe.profile, recipe.dims, recipe.precision)
+    recipe = recipe.model_copy(update={"precision": tuple(dict.fromkeys((*recipe.precision, engine.precision)))})
+    return Plan(recipe, checkpoint, lowering, out, force, expected or {}, engine)
 
 
 def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verdict, ...]:
@@ -191,35 +177,91 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
     Raises:
         ExportError: the ONNX file could not be made as asked.
         ParityError: a model is not the same function; nothing is at ``plan.out``.
+        EngineError: the engine could not be built; nothing is at ``plan.out``.
         BundleError: another process writes the same bundle.
     """
-    clock = _Clock(progress)
+    clock = Clock(progress)
     with staged(plan.out, plan.force) as directory:
         with clock.stage("weights"):
-            _write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
+            write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
         made = [_make_model(plan, precision, directory, clock) for precision in dict.fromkeys(plan.recipe.precision)]
-        verdicts = tuple(verdict for _, verdict in made)
-        _finish(plan, [entry for entry, _ in made], verdicts, directory, clock)
-        failures = [failure for verdict in verdicts for failure in verdict.failures]
-        if failures:
-            shown = "\n  ".join(failures[:8])
-            message = f"the exported model is not the PyTorch layer ({len(failures)} failures):\n  {shown}"
-            if keep_failed:
-                try:
-                    _keep_failed(plan, directory)
-                except BundleError as error:
-                    message += f"\nand it could not be kept: {error}"
-            raise ParityError(message)
-    return verdicts
+        manifest = finish(plan, made, directory, clock)
+        try:
+            refuse_failures([verdict for _, verdict in made])
+        except ParityError as error:
+            raise (ParityError(f"{error}{_keep_failed(plan, directory)}") if keep_failed else error) from None
+        if plan.engine is not None:
+            engines.add(directory, manifest, plan.engine, clock)
+        write_build(directory, {"seconds": clock.seconds})
+    return tuple(verdict for _, verdict in made)
 
 
-def _write_weights(checkpoint: Checkpoint, path: Path) -> None:
+def reopen(bundle: Bundle, force: bool = True) -> Plan:
+    """Return the plan that would make this bundle again, from its manifest and weights."""
+    manifest, first = bundle.manifest, bundle.manifest.models[0]
+    recipe = Recipe(
+        inputs=InputsTable(**{name: getattr(manifest.interface, name) for name in InputsTable.model_fields}),
+        outputs=OutputsTable(attention_maps=manifest.interface.attention_maps),
+        dims=manifest.dims,
+        opset=first.opset,
+        precision=tuple(model.precision for model in manifest.models),
+        keep_io_types=first.keep_io_types,
+        parity=first.parity.scope,
+        external_data_bytes=0 if first.external_data else EXTERNAL_DATA_BYTES,
+    )
+    checkpoint = Checkpoint(manifest.layer, read(bundle.path(WEIGHTS_FILE)))
+    expected = expect.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
+    return Plan(recipe, checkpoint, first.lowering, bundle.directory, force, expected)
+
+
+def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precision, clock: Clock) -> Manifest:
+    """Make the model of one more precision in a staged bundle, under the same parity rule as the others.
+
+    Returns:
+        The manifest with the model.
+
+    Raises:
+        ParityError: the new model is not the same function.
+    """
+    entry, verdict = _make_model(plan, precision, directory, clock)
+    refuse_failures([verdict])
+    models = (*manifest.models, entry)
+    _write_selftest(plan, directory, models, clock)
+    reports = json.loads((directory / PARITY_FILE).read_text(encoding="utf-8"))["models"]
+    write_json(directory / PARITY_FILE, {"models": [*reports, report(verdict)]})
+    return seal(directory, manifest.model_copy(update={"models": models}))
+
+
+def refuse_failures(verdicts: Iterable[Verdict]) -> None:
+    """Raise where a model is not the same function.
+
+    Raises:
+        ParityError: with the first failures.
+    """
+    failures = [failure for verdict in verdicts for failure in verdict.failures]
+    if failures:
+        shown = "\n  ".join(failures[:8])
+        raise ParityError(f"the exported model is not the PyTorch layer ({len(failures)} failures):\n  {shown}")
+
+
+def refit_model(plan: Plan, model: ModelEntry, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
+    """Put the plan's weights into a staged model of the same layer, and judge it; no trace is needed."""
+    path = directory / model.file
+    with clock.stage(f"weights {model.precision}"):
+        graph = ir.external_data.load_to_model(ir.load(path))  # nothing may still read from the file to be written
+        attach(graph, lowered_state(plan.checkpoint.state, DTYPES[model.precision]))
+        write(graph, path, plan.recipe.external_data_bytes)
+    return _judge(plan, model.precision, path, len(graph.graph), clock)
+
+
+def write_weights(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the original weights under the seed's names."""
     from safetensors.torch import save_file
 
     save_file(checkpoint.state, path)
 
 
-def _make_model(plan: Plan, precision: Precision, directory: Path, clock: "_Clock") -> tuple[ModelEntry, Verdict]:
+def _make_model(plan: Plan, precision: Precision, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
     recipe, spec = plan.recipe, plan.checkpoint.spec
     path = directory / "models" / f"{precision}.onnx"
     path.parent.mkdir(exist_ok=True)
@@ -227,13 +269,18 @@ def _make_model(plan: Plan, precision: Precision, directory: Path, clock: "_Cloc
         lowered = lower(plan.checkpoint, plan.lowering, precision, recipe.keep_io_types, recipe.interface.attention_maps)
         model = trace(lowered, spec, recipe.interface, recipe.opset, _metadata(plan, precision))
         write(model, path, recipe.external_data_bytes)
+    return _judge(plan, precision, path, len(model.graph), clock)
+
+
+def _judge(plan: Plan, precision: Precision, path: Path, nodes: int, clock: Clock) -> tuple[ModelEntry, Verdict]:
+    recipe, spec = plan.recipe, plan.checkpoint.spec
     subject = Subject(path, plan.checkpoint, recipe.interface, recipe.dims, precision, recipe.keep_io_types)
     with clock.stage(f"parity {precision}"):
-        verdict = judge(subject, recipe.parity, clock.progress.cases)
+        verdict = judge(subject, recipe.parity, clock.progress.steps)
         if plan.expected:
             inputs = expect.inputs_of(plan.expected, spec, recipe.interface)
             verdict = verdict.joined(judge_inputs(subject, {EXPECT_FILE: inputs}))
-    return _model_entry(plan, precision, path, len(model.graph), verdict), verdict
+    return _model_entry(plan, precision, path, nodes, verdict), verdict
 
 
 def _metadata(plan: Plan, precision: Precision) -> dict[str, str]:
@@ -276,39 +323,45 @@ def _tensors(axes: Mapping[str, tuple[Axis, ...]], precision: Precision, keep_io
     return tuple(TensorEntry.model_validate({"name": name, "dtype": kinds[name], "axes": axes[name]}) for name in axes)
 
 
-def _finish(plan: Plan, models: list[ModelEntry], verdicts: tuple[Verdict, ...], directory: Path, clock: "_Clock") -> None:
-    """Write what goes with the models, and last the manifest that lists it all."""
-    recipe = plan.recipe
-    with clock.stage("self-test"):
-        arrays = selftest.make(plan.checkpoint, recipe.interface, recipe.dims, [m.precision for m in models])
-        np.savez(directory / SELFTEST_FILE, **arrays)  # type: ignore[arg-type]
+def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, clock: Clock) -> Manifest:
+    """Write what goes with the models, and last the manifest that lists it all.
+
+    Returns:
+        The manifest; it holds no engines yet.
+    """
+    models = tuple(entry for entry, _ in made)
+    _write_selftest(plan, directory, models, clock)
     if plan.expected:
         np.savez(directory / EXPECT_FILE, **plan.expected)  # type: ignore[arg-type]
-    _write_json(directory / PARITY_FILE, {"models": [report(verdict) for verdict in verdicts]})
-    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    write_json(directory / PARITY_FILE, {"models": [report(verdict) for _, verdict in made]})
     manifest = Manifest(
         format=FORMAT,
         layer=plan.checkpoint.spec,
-        interface=recipe.interface,
-        dims=recipe.dims,
-        models=tuple(models),
+        interface=plan.recipe.interface,
+        dims=plan.recipe.dims,
+        models=models,
         engines=(),
         versions={name: _version(name) for name in ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")},
-        files={n: FileEntry(bytes=(directory / n).stat().st_size, sha256=sha256(directory / n)) for n in names},
+        files={},
     )
-    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _write_json(directory / BUILD_FILE, {"seconds": clock.seconds, "finished_unix_s": round(time.time(), 3)})
+    return seal(directory, manifest)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    # JSON has no NaN or Infinity: they become strings, so that every reader takes the file.
-    safe = json.loads(json.dumps(content), parse_constant=str)
-    path.write_text(json.dumps(safe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def _write_selftest(plan: Plan, directory: Path, models: tuple[ModelEntry, ...], clock: Clock) -> None:
+    with clock.stage("self-test"):
+        precisions = [model.precision for model in models]
+        arrays = selftest.make(plan.checkpoint, plan.recipe.interface, plan.recipe.dims, precisions)
+        np.savez(directory / SELFTEST_FILE, **arrays)  # type: ignore[arg-type]
 
 
-def _keep_failed(plan: Plan, directory: Path) -> None:
-    with staged(plan.out.with_name(f"{plan.out.name}.failed"), force=True) as target:
-        shutil.copytree(directory, target, dirs_exist_ok=True)
+def _keep_failed(plan: Plan, directory: Path) -> str:
+    """Copy the failed bundle beside its place; return what to add to the message where that is impossible."""
+    try:
+        with staged(plan.out.with_name(f"{plan.out.name}.failed"), force=True) as target:
+            shutil.copytree(directory, target, dirs_exist_ok=True)
+    except BundleError as error:
+        return f"\nand it could not be kept: {error}"
+    return ""
 
 
 def _version(package: str) -> str:
@@ -319,18 +372,3 @@ def _version(package: str) -> str:
         except PackageNotFoundError:
             continue
     return "not installed"
-
-
-class _Clock:
-    """Times the stages for build.json and passes them on."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.progress.stage(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -9,7 +9,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bca_deploy.errors import InputError, nearest
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, Bias, DimRange, Dims, Interface, LayerSpec, Lowering, Norm, Precision
+from bca_deploy.spec import (
+    EXTERNAL_DATA_BYTES,
+    Bias,
+    DimRange,
+    Dims,
+    EngineLibrary,
+    Interface,
+    LayerSpec,
+    Lowering,
+    Norm,
+    Precision,
+)
+
+LayerNames = Literal["detailed", "names", "none"]
+HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 
 
 class _Table(BaseModel):
@@ -56,6 +70,34 @@ class OutputsTable(_Table):
     attention_maps: bool = False
 
 
+class EngineTable(_Table):
+    """``[engine]``: what to compile, and for what."""
+
+    library: EngineLibrary
+    targets: tuple[str, ...] = ()
+    precision: Precision | None = None
+    workspace_mib: int | None = Field(default=None, ge=1)
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    # One stream: a second one lets both directions overlap, and keeps the temporaries of both alive.
+    aux_streams: int = Field(default=0, ge=0, le=7)
+    tf32: bool = False
+    layer_names: LayerNames = "detailed"
+    version_compatible: bool = False
+    hardware_compatibility: HardwareCompatibility = "none"
+    strip_weights: bool = False
+    refittable: bool = False
+    timing_cache: Path | None = None
+    time_limit_s: float = Field(default=1800.0, gt=0)
+
+
+class ProfileTable(_Table):
+    """``[[profile]]``: the ranges of one optimization profile; a dimension left out has the range of ``[dims]``."""
+
+    batch: DimRange | None = None
+    x_len: DimRange | None = None
+    context_len: DimRange | None = None
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -75,6 +117,8 @@ class Recipe(_Table):
     parity: Literal["quick", "full"] = "quick"
     external_data_bytes: int = Field(default=EXTERNAL_DATA_BYTES, ge=0)
     seed: int = 0
+    engine: EngineTable | None = None
+    profile: tuple[ProfileTable, ...] = ()
 
     @property
     def interface(self) -> Interface:
@@ -116,8 +160,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
-            if isinstance(merged.get(key, {}), Mapping):  # anything else is pydantic's to refuse
-                merged[key] = _merge(merged.get(key, {}), value)
+            inner = merged.get(key, {})
+            if isinstance(inner, Mapping) and (both := _merge(inner, value)):  # anything else is pydantic's to refuse
+                merged[key] = both
         elif value is not None:
             merged[key] = value
     return merged
@@ -127,6 +172,8 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where}{nearest(str(error['loc'][-1]), _known(error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{where} is missing, and {'.'.join(map(str, error['loc'][:-1]))} cannot be without it"
     return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
 
 
@@ -134,7 +181,13 @@ def _known(place: tuple[Any, ...]) -> list[str]:
     """Return the keys that the table at ``place`` has."""
     if place == ("dims",):
         return [f.name for f in fields(Dims)]
-    if place[:1] == ("dims",):
+    if place[:1] == ("dims",) or (place[:1] == ("profile",) and len(place) == 3):
         return [f.name for f in fields(DimRange)]
-    tables: dict[Any, type[BaseModel]] = {("layer",): LayerTable, ("inputs",): InputsTable, ("outputs",): OutputsTable}
-    return list(tables.get(place, Recipe).model_fields)
+    tables: dict[Any, type[BaseModel]] = {
+        "layer": LayerTable,
+        "inputs": InputsTable,
+        "outputs": OutputsTable,
+        "engine": EngineTable,
+        "profile": ProfileTable,
+    }
+    return list(tables.get(place[0] if place else None, Recipe).model_fields)

@@ -9,6 +9,7 @@ Norm = Literal["layer", "rms"]
 Bias = Literal["none", "plane", "shared", "batch"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Lowering = Literal["reference", "fused"]
+EngineLibrary = Literal["rtx", "tensorrt"]
 Axis = str | int
 
 # Read by pydantic where these classes stand in a recipe or a manifest: an unknown key is an error.

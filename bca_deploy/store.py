@@ -1,18 +1,22 @@
 """Put a bundle in its place: staged beside it, one writer at a time, swapped in whole or not at all."""
 
 import contextlib
+import ctypes
 import fcntl
+import json
 import os
 import re
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from bca_deploy.bundle import is_bundle, read_manifest
+from bca_deploy.bundle import Bundle, is_bundle, read_manifest, sha256
 from bca_deploy.errors import BundleError
-from bca_deploy.manifest import BUILD_FILE, MANIFEST_FILE
+from bca_deploy.manifest import BUILD_FILE, MANIFEST_FILE, FileEntry, Manifest
 
 
 @contextlib.contextmanager
@@ -35,6 +39,47 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
             _publish(staging, out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def restage(bundle: Bundle, directory: Path) -> None:
+    """Copy a bundle's files into a staging directory, to be changed there."""
+    for name in (*bundle.manifest.files, BUILD_FILE):
+        source, target = bundle.directory / name, directory / name
+        if source.exists():  # build.json may have been left out
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest over the files that lie in a staging directory.
+
+    Returns:
+        The manifest with each file's size and hash.
+    """
+    unlisted = {MANIFEST_FILE, BUILD_FILE}
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = {
+        name: FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+        for path in paths
+        if (name := path.relative_to(directory).as_posix()) not in unlisted
+    }
+    sealed = manifest.model_copy(update={"files": files})
+    (directory / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return sealed
+
+
+def write_build(directory: Path, changes: dict[str, Any]) -> None:
+    """Add to build.json, which holds all that may differ between two builds of the same."""
+    path = directory / BUILD_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    merged = {k: before[k] | v if isinstance(v, dict) and k in before else v for k, v in changes.items()}
+    write_json(path, before | merged | {"finished_unix_s": round(time.time(), 3)})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that every reader takes: it has no NaN or Infinity, so they become strings."""
+    safe = json.loads(json.dumps(content), parse_constant=str)
+    path.write_text(json.dumps(safe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -125,6 +170,8 @@ def _publish(staging: Path, out: Path) -> None:
         staging.rename(out)
         return
     _keep_unlisted(out, staging)
+    if _exchange(staging, out):
+        return  # the old bundle lies in the staging directory now, and goes with it
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     out.rename(old)
     try:
@@ -133,6 +180,16 @@ def _publish(staging: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that a process killed at any moment leaves a whole bundle; False where impossible.
+
+    renameat2 with RENAME_EXCHANGE, Linux 3.15 and glibc 2.28: https://man7.org/linux/man-pages/man2/rename.2.html
+    """
+    at_fdcwd, rename_exchange = -100, 2
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0
 
 
 def _keep_unlisted(out: Path, staging: Path) -> None:

@@ -17,7 +17,7 @@ from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
 from bca_deploy.parity import Subject, judge, judge_inputs
-from bca_deploy.pipeline import Progress, Silent
+from bca_deploy.progress import Progress, Silent
 from bca_deploy.runners import Runner, at_edges, ort_runner, strict_runner_of
 from bca_deploy.verdict import Verdict
 
@@ -74,7 +74,7 @@ def _verify_model(
     manifest = bundle.manifest
     subject = Subject(path, checkpoint, manifest.interface, manifest.dims, model.precision, model.keep_io_types)
     own = judge_inputs(subject, samples) if samples else None
-    verdict = judge(subject, scope, progress.cases)
+    verdict = judge(subject, scope, progress.steps)
     return verdict if own is None else verdict.joined(own)  # a failed verdict is false
 
 

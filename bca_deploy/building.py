@@ -1,0 +1,60 @@
+"""`bca build`: add an engine to a finished bundle, with the model of its precision where that is not there yet."""
+
+from pathlib import Path
+from typing import Any
+
+from bca_deploy import engines
+from bca_deploy.bundle import Bundle
+from bca_deploy.errors import InputError
+from bca_deploy.manifest import EngineEntry
+from bca_deploy.progress import Clock, Progress, Silent
+from bca_deploy.recipe import Recipe, read_recipe
+from bca_deploy.store import restage, staged, write_build
+
+
+def build(
+    bundle: str | Path,
+    library: str = "rtx",
+    *,
+    progress: Progress | None = None,
+    recipe: str | Path | None = None,
+    **options: Any,
+) -> EngineEntry:
+    """Compile a TensorRT engine into a bundle.
+
+    Args:
+        bundle: its directory or archive; it is replaced whole, or not at all.
+        library: ``rtx`` builds ahead of time on any machine, ``tensorrt`` for the GPU at hand.
+        progress: told about stages.
+        recipe: a recipe file with ``[engine]`` and ``[[profile]]``.
+        **options: keys of ``[engine]``, such as ``targets=["sm89"]``, and ``profiles=[{"batch": {...}}]``.
+
+    Returns:
+        The engine's entry in the manifest.
+
+    Raises:
+        BcaError: see errors.py; the bundle is as it was.
+    """
+    profiles = options.pop("profiles", None)
+    asked = read_recipe(Path(recipe) if recipe else None, {"engine": {"library": library, **options}, "profile": profiles})
+    return build_recipe(Path(bundle), asked, progress or Silent())
+
+
+def build_recipe(path: Path, recipe: Recipe, progress: Progress) -> EngineEntry:
+    """Do what ``[engine]`` and ``[[profile]]`` of a recipe say; errors as for :func:`build`."""
+    if recipe.engine is None:
+        raise InputError("no engine was asked for; give --engine rtx or --engine tensorrt, or a recipe with [engine]")
+    clock = Clock(progress)
+    with Bundle.open(path) as bundle:
+        precisions = tuple(model.precision for model in bundle.manifest.models)
+        wanted = engines.plan(recipe.engine, recipe.profile, bundle.manifest.dims, precisions)
+        with staged(path, force=True) as directory:
+            restage(bundle, directory)
+            manifest = bundle.manifest
+            if wanted.precision not in precisions:
+                from bca_deploy import pipeline  # torch: only where a model has to be made
+
+                manifest = pipeline.add_model(pipeline.reopen(bundle), directory, manifest, wanted.precision, clock)
+            manifest = engines.add(directory, manifest, wanted, clock)
+            write_build(directory, {"seconds": clock.seconds})
+    return manifest.engines[-1]

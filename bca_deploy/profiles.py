@@ -1,0 +1,54 @@
+"""Optimization profiles: from ranges of the named dimensions to shapes of the tensors, checked before any builder is called."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+
+from bca_deploy.errors import InputError
+from bca_deploy.manifest import TensorEntry
+from bca_deploy.recipe import ProfileTable
+from bca_deploy.spec import Dims
+
+#: The smallest, the optimal and the largest shape of one tensor.
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def resolve(tables: Iterable[ProfileTable], dims: Dims) -> tuple[Dims, ...]:
+    """Return each profile with every dimension filled in; one profile over all of ``dims`` where there is no table.
+
+    Raises:
+        InputError: a range goes outside ``dims``, or two profiles are the same.
+    """
+    profiles = tuple(_one(number, table, dims) for number, table in enumerate(tables, 1)) or (dims,)
+    if len(set(profiles)) < len(profiles):
+        raise InputError("two optimization profiles are the same; leave one of them out")
+    return profiles
+
+
+def _one(number: int, table: ProfileTable, dims: Dims) -> Dims:
+    ranges = {axis.name: getattr(table, axis.name) or getattr(dims, axis.name) for axis in fields(Dims)}
+    for name, asked in ranges.items():
+        allowed = getattr(dims, name)
+        if asked.min < allowed.min or asked.max > allowed.max:
+            raise InputError(
+                f"profile {number}: {name} {asked.min} to {asked.max} is outside the bundle's {allowed.min} to {allowed.max}; "
+                f"narrow the profile, or export again with --{name.replace('_', '-')} {asked.min}:{asked.opt}:{asked.max}"
+            )
+    return Dims(**ranges)
+
+
+def shapes(profile: Dims, tensors: Iterable[TensorEntry]) -> dict[str, Shapes]:
+    """Return the smallest, optimal and largest shape of each tensor; one name is one size in all of them."""
+    return {
+        tensor.name: (
+            tuple(axis if isinstance(axis, int) else getattr(profile, axis).min for axis in tensor.axes),
+            tuple(axis if isinstance(axis, int) else getattr(profile, axis).opt for axis in tensor.axes),
+            tuple(axis if isinstance(axis, int) else getattr(profile, axis).max for axis in tensor.axes),
+        )
+        for tensor in tensors
+    }
+
+
+def is_static(profiles: tuple[Dims, ...]) -> bool:
+    """Whether the one profile fixes every dimension, so that the engine needs none."""
+    ranges = [getattr(profile, axis.name) for profile in profiles for axis in fields(Dims)]
+    return len(profiles) == 1 and all(r.min == r.max for r in ranges)

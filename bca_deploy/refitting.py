@@ -1,0 +1,100 @@
+"""`bca refit`: new weights for the same layer, through the whole bundle: models, parity, self-test and engines together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from bca_deploy import engines, expect, nvidia, pipeline
+from bca_deploy.builder import Request
+from bca_deploy.bundle import Bundle
+from bca_deploy.checkpoint import Checkpoint, load
+from bca_deploy.engine import compile_engine
+from bca_deploy.engines import EnginePlan
+from bca_deploy.errors import EngineError, InputError
+from bca_deploy.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest
+from bca_deploy.progress import Clock, Progress, Silent
+from bca_deploy.store import restage, seal, staged, write_build
+from bca_deploy.verdict import Verdict
+
+
+def refit(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    *,
+    prefix: str = "",
+    sample: str | Path | None = None,
+    drop_sample: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Verdict, ...]:
+    """Put new weights into a bundle.
+
+    Engines that were built refittable take the weights on their GPU; every other one is built again as it was.
+
+    Args:
+        bundle: its directory or archive; it is replaced whole, or not at all.
+        checkpoint: the new weights; the layer must be the same.
+        prefix: where the layer is inside a bigger checkpoint.
+        sample: ``.npz`` of inputs and outputs of the new weights, in place of the one that the bundle keeps.
+        drop_sample: go without, though the bundle keeps one of the old weights.
+        progress: told about stages and cases.
+
+    Returns:
+        The verdict of each model; all of them passed.
+
+    Raises:
+        BcaError: see errors.py; the bundle is as it was.
+    """
+    path, clock = Path(bundle), Clock(progress or Silent())
+    with Bundle.open(path) as opened:
+        plan = _plan(opened, load(Path(checkpoint), opened.manifest.layer.heads, prefix), sample, drop_sample)
+        plans = [(entry, _engine_plan(entry, opened.manifest)) for entry in opened.manifest.engines]
+        with staged(path, force=True) as directory:
+            restage(opened, directory)
+            (directory / EXPECT_FILE).unlink(missing_ok=True)
+            pipeline.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
+            made = [pipeline.refit_model(plan, model, directory, clock) for model in opened.manifest.models]
+            manifest = pipeline.finish(plan, made, directory, clock)
+            pipeline.refuse_failures(verdict for _, verdict in made)
+            for entry, wanted in plans:
+                manifest = _renew(directory, manifest, entry, wanted, clock)
+            write_build(directory, {"seconds": clock.seconds})
+    return tuple(verdict for _, verdict in made)
+
+
+def _plan(bundle: Bundle, new: Checkpoint, sample: str | Path | None, drop_sample: bool) -> pipeline.Plan:
+    plan = pipeline.reopen(bundle)
+    old = plan.checkpoint.spec
+    new = Checkpoint(replace(new.spec, norm_eps=old.norm_eps), new.state)  # a file of weights does not say it
+    if new.spec != old:
+        raise InputError(f"the checkpoint holds another layer ({new.spec}) than the bundle ({old}); export it as a new bundle")
+    if plan.expected and sample is None and not drop_sample:
+        raise InputError(
+            f"the bundle keeps a sample of the old weights ({EXPECT_FILE}); give --expect with one of the new, or --drop-expect"
+        )
+    expected = expect.read(Path(sample)) if sample else {}
+    if expected:
+        expect.fit(expected, new.spec, plan.recipe.interface)
+        expect.check(expected, new)
+    return replace(plan, checkpoint=new, expected=expected)
+
+
+def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:
+    """Return the plan that made an engine, checked for this machine before any work."""
+    table = entry.options.model_copy(update={"targets": entry.targets, "precision": entry.precision})
+    wanted = engines.plan(table, (), manifest.dims, (entry.precision,))
+    if wanted.gpu is not None and entry.gpu is not None and wanted.gpu.name != entry.gpu.name:
+        raise EngineError(f"{entry.file} is for {entry.gpu.name}, and here is {wanted.gpu.name}; refit the bundle there")
+    return replace(wanted, profiles=entry.profiles)
+
+
+def _renew(directory: Path, manifest: Manifest, entry: EngineEntry, wanted: EnginePlan, clock: Clock) -> Manifest:
+    if not entry.options.refittable:  # a stripped engine, too, only ever takes the weights that it was built with
+        return engines.add(directory, manifest, wanted, clock)
+    model = engines.model_of(manifest, entry.precision)
+    place = str(directory / entry.file)
+    module = nvidia.LIBRARIES[entry.library].module
+    options = entry.options.model_dump(mode="json")
+    request = Request(module, str(directory / model.file), place, "", -1, [], False, [], options, refit=place)
+    with clock.stage(f"refit {entry.library} {entry.precision}"):
+        built = compile_engine(request, entry.options.time_limit_s, lambda share: None)
+    fresh = entry.model_copy(update={"model_sha256": manifest.files[model.file].sha256, "version": built.facts.version})
+    return engines.record(directory, seal(directory, manifest), fresh, built)
