@@ -576,7 +576,7 @@ def interrupt(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.usefixtures("judged")
-@pytest.mark.parametrize("stage", ["_write_weights", "trace", "judge", "_finish"])
+@pytest.mark.parametrize("stage", ["write_weights", "trace", "judge", "finish"])
 @pytest.mark.parametrize("out", [("--out", "new"), ("--out", "copy", "--force"), ("--archive", "new.bca")])
 def test_an_interrupt_exits_130_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copy: Path, layer: tuple[str, ...], stage: str, out: tuple[str, ...]
@@ -648,7 +648,7 @@ for arguments in (["export"], ["verify", sys.argv[1]]):
         done = run_without(HEAVY, script, exported.directory)
     assert done.stdout == "2\n2\n"
     assert done.stderr.splitlines() == [
-        "error: torch is not installed; run: pip install 'bca-deploy[export]'",
+        "error: onnx_ir is not installed; run: pip install 'bca-deploy[export]'",
         "error: onnx is not installed; run: pip install 'bca-deploy[export]'",
     ]
 

@@ -150,7 +150,7 @@ def test_failed_parity_leaves_no_bundle_unless_asked_to(tmp_path: Path, monkeypa
 
 
 def test_the_public_surface_is_what_the_readme_says() -> None:
-    assert bca_deploy.__all__ == ["BcaError", "Bundle", "__version__", "export", "verify"]
+    assert bca_deploy.__all__ == ["BcaError", "Bundle", "__version__", "build", "export", "refit", "verify"]
     assert all(getattr(bca_deploy, name) for name in bca_deploy.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'open_bundle'"):
         bca_deploy.open_bundle  # noqa: B018

@@ -164,7 +164,7 @@ def test_every_mistake_is_named_at_once(recipe_of: Reader) -> None:
         ("x_len = { min = 0, opt = 1, max = 8 }", r"dims\.x_len: dimension range min 0, opt 1, max 8: needs 1 <= min"),
         ("context_len = { min = 0, opt = 0, max = 0 }", r"dims\.context_len: .*min 0, opt 0, max 0: needs 1 <= min"),
         ("x_len = { min = -4, opt = 1, max = 8 }", r"min -4, opt 1, max 8"),
-        ("x_len = { min = 1, opt = 1 }", r"dims\.x_len\.max: Field required"),
+        ("x_len = { min = 1, opt = 1 }", r"dims\.x_len\.max is missing, and dims\.x_len cannot be without it"),
         ("x_len = 5", r"dims\.x_len: .*got 5"),
         ("x_len = { min = 1, opt = 1.5, max = 2 }", r"dims\.x_len\.opt: .*got 1\.5"),
     ],
