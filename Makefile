@@ -10,7 +10,7 @@ STUBS := 10.13.0.35.1
 BINDINGS := 10.16.1.11 11.4.0.106
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: setup demo check test bench clean
+.PHONY: setup demo check test bench gpu-proof clean
 
 setup: $(READY)
 
@@ -38,6 +38,10 @@ test: check
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
+
+# On a machine with a GPU: the GPU tests and the engines' benchmark, into build/gpu-proof.md.
+gpu-proof: $(READY)
+	$(BIN)/python benchmarks/gpu_proof.py
 
 clean:
 	rm -rf $(VENV) build dist

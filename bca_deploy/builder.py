@@ -322,10 +322,19 @@ def refit(request: Request, tell: Tell) -> Facts:
     if not refitter.refit_cuda_engine():
         raise RefusedError("the engine did not take the new weights")
     tell("progress", 1.0)
-    content = memoryview(engine.serialize())
+    content = memoryview(_serialize(engine))
     _write(request.out, content)
     network, _parser = parse(trt.Builder(logger), logger, request.onnx)
     return facts(network, len(content))
+
+
+def _serialize(engine: "trt.ICudaEngine") -> "trt.IHostMemory":
+    """Return the engine with its weights, ready to be refitted again where the library can say so (10.14 and later)."""
+    serializing = engine.create_serialization_config()
+    serializing.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):
+        serializing.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    return engine.serialize_with_config(serializing)
 
 
 def _write(path: str, content: memoryview) -> None:

@@ -34,6 +34,8 @@ def query() -> Gpus:
         return Gpus(why_none=f"no NVIDIA driver answers ({error})")
     try:
         return _read(nvml)
+    except nvml.NVMLError as error:  # a GPU that fell off the bus, or that this user may not see
+        return Gpus(why_none=f"the NVIDIA driver does not say what is there ({error})")
     finally:
         nvml.nvmlShutdown()
 

@@ -14,7 +14,7 @@ weights; what rounding the weights does is reported beside it.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ Array = NDArray[Any]
 
 #: The strict evaluator is plain numpy: cases with more attention weights than this are left to onnxruntime.
 STRICT_WEIGHTS = 100_000
+_STRICT = "strict evaluator"
+
+#: From a model file, the subject's or a sharpened copy of it, to what runs it, by name.
+Runtimes = Callable[[Path], dict[str, Runner]]
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,16 @@ class Subject:
     keep_io_types: bool
 
 
-def judge(subject: Subject, scope: Scope, on_case: Callable[[int, int], None] | None = None) -> Verdict:
+def judge(
+    subject: Subject, scope: Scope, on_case: Callable[[int, int], None] | None = None, runtimes: Runtimes | None = None
+) -> Verdict:
     """Run the parity matrix over a model.
 
     Args:
         subject: the model and what it must equal.
         scope: ``quick`` (at least 40 cases) or ``full`` (at least 200).
         on_case: called after each case with the number done and the total.
+        runtimes: what to run the model on instead of the CPU.
 
     Returns:
         The verdict.
@@ -85,16 +92,17 @@ def judge(subject: Subject, scope: Scope, on_case: Callable[[int, int], None] | 
         MissingDependencyError: onnxruntime is not installed.
     """
     # What only the strict evaluator can run must be small enough for it.
-    limit = STRICT_WEIGHTS if subject.precision == "bf16" else None
+    limit = STRICT_WEIGHTS if subject.precision == "bf16" and runtimes is None else None
     cases = matrix(subject.checkpoint.spec, subject.interface, subject.dims, scope, limit)
     results: list[CaseResult] = []
-    with contextlib.closing(_Benches(subject)) as benches:
+    with contextlib.closing(_Benches(subject, runtimes)) as benches:
         for done, case in enumerate(cases, 1):
             inputs = make_inputs(case, subject.checkpoint.spec, subject.interface, subject.precision)
             results += benches.run(case.name, case.family, case.sharpness, inputs)
             if on_case:
                 on_case(done, len(cases))
-    return _verdict(subject, scope, results, benches.weight_rounding())
+    verdict = _verdict(subject, scope, results, benches.weight_rounding())
+    return verdict if runtimes is None else replace(verdict, notes=())  # the notes are about the CPU's runtimes
 
 
 def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -> Verdict:
@@ -166,8 +174,9 @@ class _Benches:
     number of cores.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, runtimes: Runtimes | None = None) -> None:
         self.subject = subject
+        self.runtimes = runtimes or _on_cpu(subject.precision)
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self.made: dict[Sharpness, _Bench] = {}
@@ -193,7 +202,7 @@ class _Benches:
         return [
             trial.judge(name, family, sharpness, runtime, _outcome(runner, edges))
             for runtime, runner in bench.runners.items()
-            if small or runtime == "onnxruntime" or subject.precision == "bf16"
+            if small or runtime != _STRICT or subject.precision == "bf16"
         ]
 
     def _make(self, sharpness: Sharpness) -> _Bench:
@@ -203,12 +212,7 @@ class _Benches:
         factor = sharpening(rounded, sharpness, subject.precision)
         sharp = Checkpoint(rounded.spec, sharpen(rounded.state, factor))
         path = subject.path if factor == 1.0 else sharpened_copy(subject.path, factor, Path(self.copies.name))
-        runners: dict[str, Runner] = {}
-        if subject.precision != "bf16":
-            runners["onnxruntime"] = ort_runner(path)
-        if subject.precision != "fp32":
-            runners["strict evaluator"] = strict_runner_of(path)
-        return _Bench(sharp.module(torch.float64), sharp.module(dtype), runners)
+        return _Bench(sharp.module(torch.float64), sharp.module(dtype), self.runtimes(path))
 
     def _weight_change(self, inputs: dict[str, Array], truth: dict[str, Array]) -> float:
         exact = run_module(self.subject.checkpoint.module(torch.float64), inputs, self.subject.interface, torch.float64)
@@ -216,6 +220,18 @@ class _Benches:
 
     def weight_rounding(self) -> float:
         return float(np.mean(self.changes)) if self.changes else 0.0
+
+
+def _on_cpu(precision: Precision) -> Runtimes:
+    def runtimes(path: Path) -> dict[str, Runner]:
+        runners: dict[str, Runner] = {}
+        if precision != "bf16":
+            runners["onnxruntime"] = ort_runner(path)
+        if precision != "fp32":
+            runners[_STRICT] = strict_runner_of(path)
+        return runners
+
+    return runtimes
 
 
 def _outcome(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array] | str:
