@@ -5,6 +5,7 @@ request's ``events`` descriptor as lines of JSON; the library's log goes to the 
 that it is whole even after a crash. Needs no package but the library.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -133,7 +134,8 @@ def make_logger(path: str) -> "trt.ILogger":
             trt.ILogger.__init__(self)
 
         def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-            os.write(handle, f"{severity.name}\t{msg}\n".encode())
+            with contextlib.suppress(OSError):  # a full disk fails the build where the engine is written, not here
+                os.write(handle, f"{severity.name}\t{msg}\n".encode())
 
     return Logger()
 

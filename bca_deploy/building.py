@@ -4,17 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from bca_deploy import engines
-from bca_deploy.bundle import Bundle
 from bca_deploy.errors import InputError
 from bca_deploy.manifest import EngineEntry
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.recipe import Recipe, read_recipe
-from bca_deploy.store import restage, staged, write_build
+from bca_deploy.store import revised, write_build
 
 
 def build(
     bundle: str | Path,
-    library: str = "rtx",
+    library: str | None = None,
     *,
     progress: Progress | None = None,
     recipe: str | Path | None = None,
@@ -24,7 +23,8 @@ def build(
 
     Args:
         bundle: its directory or archive; it is replaced whole, or not at all.
-        library: ``rtx`` builds ahead of time on any machine, ``tensorrt`` for the GPU at hand.
+        library: ``rtx`` builds ahead of time on any machine, ``tensorrt`` for the GPU at hand; None takes the recipe's, or
+            ``rtx`` where there is no recipe.
         progress: told about stages.
         recipe: a recipe file with ``[engine]`` and ``[[profile]]``.
         **options: keys of ``[engine]``, such as ``targets=["sm89"]``, and ``profiles=[{"batch": {...}}]``.
@@ -36,6 +36,7 @@ def build(
         BcaError: see errors.py; the bundle is as it was.
     """
     profiles = options.pop("profiles", None)
+    library = library if library or recipe else "rtx"
     asked = read_recipe(Path(recipe) if recipe else None, {"engine": {"library": library, **options}, "profile": profiles})
     return build_recipe(Path(bundle), asked, progress or Silent())
 
@@ -45,16 +46,14 @@ def build_recipe(path: Path, recipe: Recipe, progress: Progress) -> EngineEntry:
     if recipe.engine is None:
         raise InputError("no engine was asked for; give --engine rtx or --engine tensorrt, or a recipe with [engine]")
     clock = Clock(progress)
-    with Bundle.open(path) as bundle:
-        precisions = tuple(model.precision for model in bundle.manifest.models)
-        wanted = engines.plan(recipe.engine, recipe.profile, bundle.manifest.dims, precisions)
-        with staged(path, force=True) as directory:
-            restage(bundle, directory)
-            manifest = bundle.manifest
-            if wanted.precision not in precisions:
-                from bca_deploy import pipeline  # torch: only where a model has to be made
+    with revised(path) as (bundle, directory):
+        manifest = bundle.manifest
+        available = tuple(model.precision for model in manifest.models)
+        wanted = engines.plan(recipe.engine, recipe.profile, manifest.dims, available)
+        if wanted.precision not in available:
+            from bca_deploy import pipeline  # torch: only where a model has to be made
 
-                manifest = pipeline.add_model(pipeline.reopen(bundle), directory, manifest, wanted.precision, clock)
-            manifest = engines.add(directory, manifest, wanted, clock)
-            write_build(directory, {"seconds": clock.seconds})
+            manifest = pipeline.add_model(pipeline.reopen(bundle), directory, manifest, wanted.precision, clock)
+        manifest = engines.add(directory, manifest, wanted, clock)
+        write_build(directory, {"seconds": clock.seconds})
     return manifest.engines[-1]

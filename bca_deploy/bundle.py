@@ -24,14 +24,16 @@ class Bundle:
     """An opened bundle.
 
     Attributes:
+        source: what was opened.
         directory: where the files are; for an archive a private temporary directory that goes when the bundle is closed.
         manifest: the parsed manifest.
 
     A context manager: leaving it removes what was unpacked.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, unpacked: tempfile.TemporaryDirectory[str] | None = None) -> None:
-        self.directory = directory
+    def __init__(self, source: Path, manifest: Manifest, unpacked: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.source = source
+        self.directory = Path(unpacked.name) if unpacked else source
         self.manifest = manifest
         self._unpacked = unpacked
 
@@ -60,7 +62,7 @@ class Bundle:
             if unpacked:
                 unpacked.cleanup()
             raise
-        return cls(directory, manifest, unpacked)
+        return cls(path, manifest, unpacked)
 
     def path(self, name: str) -> Path:
         """Return the path of a file that the manifest lists.

@@ -59,6 +59,7 @@ def compile_engine(request: Request, time_limit_s: float, report: Callable[[floa
         if "facts" not in ended:
             printed = (Path(scratch) / "printed").read_text(errors="replace")
             raise EngineError(_why(ended, process.returncode, time_limit_s, log, printed))
+        report(1.0)
         return Built(Facts(**ended["facts"]), log, round(time.perf_counter() - started, 3))
 
 
@@ -68,7 +69,7 @@ def _process(request: Request, printed: Path) -> Iterator[tuple[subprocess.Popen
     reader, writer = os.pipe()
     with printed.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bca_deploy.builder"],
+            [sys.executable, "-P", "-m", "bca_deploy.builder"],  # -P: nothing is imported from where the user happens to be
             stdin=subprocess.PIPE,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -90,11 +91,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the builder to stop between two steps; kill it where it does not listen."""
     if process.poll() is None:
         process.terminate()
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _reap(process)
     process.wait()
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end a little; a second ctrl-C, too, leaves no process behind."""
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    except BaseException:
+        process.kill()
+        raise
 
 
 def _follow(process: subprocess.Popen[bytes], events: int, deadline: float, report: Callable[[float], None]) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def _follow(process: subprocess.Popen[bytes], events: int, deadline: float, repo
         while selector.select(max(deadline - time.perf_counter(), 0)):
             chunk = os.read(events, 65536)
             if not chunk:
-                process.wait()
+                _reap(process)  # a library may hang while it unloads
                 return ended
             *lines, rest = (rest + chunk).split(b"\n")
             for event in map(json.loads, lines):

@@ -3,6 +3,7 @@
 Needs no torch and no onnx: the models are in the bundle already.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from bca_deploy import engine_log, nvidia
 from bca_deploy.builder import Request
 from bca_deploy.bundle import Bundle
 from bca_deploy.engine import Built, compile_engine
-from bca_deploy.errors import EngineError, InputError
+from bca_deploy.errors import EngineError, InputError, ParityError
 from bca_deploy.gpus import query
 from bca_deploy.manifest import DType, EngineEntry, GpuEntry, Manifest, ModelEntry, TensorEntry
 from bca_deploy.profiles import is_static, resolve, shapes
@@ -105,8 +106,11 @@ def add(directory: Path, manifest: Manifest, wanted: EnginePlan, clock: Clock) -
 
     Raises:
         EngineError: the builder failed, or made something else than was asked for.
+        ParityError: the model is one that failed.
     """
     model = model_of(manifest, wanted.precision)
+    if not model.parity.passed:
+        raise ParityError(f"{model.file} failed parity, and is never compiled; export the bundle again without --keep-failed")
     gpu = f"-{wanted.gpu.compute_capability}" if wanted.gpu else ""
     file = f"engines/{wanted.library.name}-{wanted.precision}{gpu}.engine"
     (directory / "engines").mkdir(exist_ok=True)
@@ -147,7 +151,7 @@ def _request(directory: Path, model: ModelEntry, wanted: EnginePlan, file: str) 
 
 
 def _entry(manifest: Manifest, model: ModelEntry, wanted: EnginePlan, file: str, built: Built) -> EngineEntry:
-    attentions = 2 * (manifest.layer.depth or 1)
+    attentions = 2 * (manifest.layer.depth or 1) * len(wanted.profiles)  # the log lists every profile's kernels
     fused, evidence = engine_log.judge_fusion(built.log, attentions, _map_bytes(manifest, wanted))
     return EngineEntry(
         file=file,
@@ -192,11 +196,11 @@ def _by_dtype(counts: Mapping[str, int]) -> dict[str, int]:
 
 def _check_precision(entry: EngineEntry, model: ModelEntry) -> None:
     """Refuse an engine whose products are not all in the precision asked for, or whose edges differ from the model's."""
-    asked = _OF_PRECISION[entry.precision]
-    if set(entry.matmuls) != {asked} or [t.dtype for t in entry.inputs] != [t.dtype for t in model.inputs]:
+    edges = [tensor.dtype for tensor in (*entry.inputs, *entry.outputs)]
+    if set(entry.matmuls) != {_OF_PRECISION[entry.precision]} or edges != [t.dtype for t in (*model.inputs, *model.outputs)]:
         raise EngineError(
-            f"{entry.precision} was asked for, but the network multiplies in {entry.matmuls} and takes "
-            f"{[t.dtype for t in entry.inputs]}; please report this"
+            f"{entry.precision} was asked for, but the network multiplies in {entry.matmuls} and has the edges {edges}; "
+            "please report this"
         )
 
 
@@ -240,10 +244,22 @@ def _runs(entry: EngineEntry, capability: str) -> bool:
 
 def rebuild_command(entry: EngineEntry, bundle: Path | str) -> str:
     """Return the command that builds the engine again."""
-    parts = [f"bca build {bundle} --engine {entry.library} --precision {entry.precision}"]
-    parts += [f"--target {target}" for target in entry.targets]
-    parts += [f"--profile {_as_flag(profile)}" for profile in entry.profiles]
-    return " ".join(parts)
+    parts = ["bca", "build", str(bundle), "--engine", entry.library, "--precision", entry.precision]
+    parts += [part for target in entry.targets for part in ("--target", target)]
+    parts += [part for profile in entry.profiles for part in ("--profile", _as_flag(profile))]
+    return shlex.join([*parts, *_option_flags(entry.options)])
+
+
+def _option_flags(options: EngineTable) -> list[str]:
+    """Return the flags of what differs from the defaults; library, targets and precision have theirs already."""
+    default = EngineTable(library=options.library)
+    flags = []
+    for name in sorted(set(EngineTable.model_fields) - {"library", "targets", "precision"}):
+        value = getattr(options, name)
+        if value != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            flags += [flag] if value is True else [flag, str(value)]
+    return flags
 
 
 def _as_flag(profile: Dims) -> str:
@@ -258,15 +274,13 @@ def usable(bundle: Bundle, library: EngineLibrary, loaded: str, capability: str)
     """
     engines = [entry for entry in bundle.manifest.engines if entry.library == library]
     if not engines:
-        raise EngineError(
-            f"{bundle.directory} has no {library} engine; build one: bca build {bundle.directory} --engine {library}"
-        )
+        raise EngineError(f"{bundle.source} has no {library} engine; build one: bca build {bundle.source} --engine {library}")
     reasons = []
     for entry in engines:
         reason = why_stale(entry, bundle.manifest, loaded, capability)
         if reason is None:
             return entry, bundle.path(entry.file)
-        reasons.append(f"{entry.file} is stale: {reason}; rebuild it: {rebuild_command(entry, bundle.directory)}")
+        reasons.append(f"{entry.file} is stale: {reason}; rebuild it: {rebuild_command(entry, bundle.source)}")
     raise EngineError("; ".join(reasons))
 
 

@@ -7,8 +7,8 @@ from types import ModuleType
 from bca_deploy.errors import InputError, MissingDependencyError, nearest
 from bca_deploy.spec import EngineLibrary, Precision
 
-#: Compute capabilities without tensor-core bfloat16 (it came with Ampere, sm80).
-NO_BF16 = ("sm75",)
+#: Targets that TensorRT-RTX 1.7.1 refuses for a precision: Turing has no bfloat16, and gets no float32 products.
+_UNABLE: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp32": ("sm75",), "fp16": ()}
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,14 @@ def check_targets(library: Library, targets: tuple[str, ...], precision: Precisi
         return ()
     for target in targets:
         _check_target(library, target)
-    chosen = tuple(t for t in library.targets if (t in targets if targets else precision != "bf16" or t not in NO_BF16))
-    slow = [target for target in chosen if target in NO_BF16]
-    if precision == "bf16" and slow:
-        raise InputError(f"precision bf16 with target {slow[0]}: it has no bf16 hardware (that came with sm80); use fp16 there")
-    return chosen
+    unable = _UNABLE[precision]
+    if refused := [target for target in targets if target in unable]:
+        able = ", ".join(target for target in library.targets if target not in unable)
+        raise InputError(
+            f"precision {precision} with target {refused[0]}: TensorRT-RTX compiles no {precision} products for it; use fp16 "
+            f"there, or other targets: {able}"
+        )
+    return tuple(target for target in library.targets if (target in targets if targets else target not in unable))
 
 
 def _check_target(library: Library, target: str) -> None:

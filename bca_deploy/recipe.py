@@ -172,6 +172,8 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where}{nearest(str(error['loc'][-1]), _known(error['loc'][:-1]))}"
+    if where == "engine.library":
+        return "engine.library: give --engine rtx or --engine tensorrt, or library under [engine] of the recipe"
     if error["type"] == "missing":
         return f"{where} is missing, and {'.'.join(map(str, error['loc'][:-1]))} cannot be without it"
     return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"

@@ -12,7 +12,7 @@ from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import EngineError, InputError
 from bca_deploy.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest
 from bca_deploy.progress import Clock, Progress, Silent
-from bca_deploy.store import restage, seal, staged, write_build
+from bca_deploy.store import revised, seal, write_build
 from bca_deploy.verdict import Verdict
 
 
@@ -43,20 +43,18 @@ def refit(
     Raises:
         BcaError: see errors.py; the bundle is as it was.
     """
-    path, clock = Path(bundle), Clock(progress or Silent())
-    with Bundle.open(path) as opened:
+    clock = Clock(progress or Silent())
+    with revised(Path(bundle)) as (opened, directory):
         plan = _plan(opened, load(Path(checkpoint), opened.manifest.layer.heads, prefix), sample, drop_sample)
         plans = [(entry, _engine_plan(entry, opened.manifest)) for entry in opened.manifest.engines]
-        with staged(path, force=True) as directory:
-            restage(opened, directory)
-            (directory / EXPECT_FILE).unlink(missing_ok=True)
-            pipeline.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
-            made = [pipeline.refit_model(plan, model, directory, clock) for model in opened.manifest.models]
-            manifest = pipeline.finish(plan, made, directory, clock)
-            pipeline.refuse_failures(verdict for _, verdict in made)
-            for entry, wanted in plans:
-                manifest = _renew(directory, manifest, entry, wanted, clock)
-            write_build(directory, {"seconds": clock.seconds})
+        (directory / EXPECT_FILE).unlink(missing_ok=True)
+        pipeline.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
+        made = [pipeline.refit_model(plan, model, directory, clock) for model in opened.manifest.models]
+        manifest = pipeline.finish(plan, made, directory, clock)
+        pipeline.refuse_failures(verdict for _, verdict in made)
+        for entry, wanted in plans:
+            manifest = _renew(directory, manifest, entry, wanted, clock)
+        write_build(directory, {"seconds": clock.seconds})
     return tuple(verdict for _, verdict in made)
 
 
@@ -83,7 +81,7 @@ def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:
     wanted = engines.plan(table, (), manifest.dims, (entry.precision,))
     if wanted.gpu is not None and entry.gpu is not None and wanted.gpu.name != entry.gpu.name:
         raise EngineError(f"{entry.file} is for {entry.gpu.name}, and here is {wanted.gpu.name}; refit the bundle there")
-    return replace(wanted, profiles=entry.profiles)
+    return replace(wanted, profiles=entry.profiles, options=entry.options)
 
 
 def _renew(directory: Path, manifest: Manifest, entry: EngineEntry, wanted: EnginePlan, clock: Clock) -> Manifest:

@@ -41,8 +41,26 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def restage(bundle: Bundle, directory: Path) -> None:
-    """Copy a bundle's files into a staging directory, to be changed there."""
+@contextlib.contextmanager
+def revised(path: Path) -> Iterator[tuple[Bundle, Path]]:
+    """Give an existing bundle, and a private copy of its files to change; the copy takes its place when the block ends well.
+
+    The bundle is read under the writer's lock, so that nobody's change gets lost.
+
+    Args:
+        path: the bundle's directory or archive.
+
+    Raises:
+        BundleError: it is no whole bundle, or another process is writing it.
+    """
+    if not path.is_file():
+        read_manifest(path)  # a better message than that of a target that is no bundle
+    with staged(path, force=True) as directory, Bundle.open(path) as bundle:
+        _copy(bundle, directory)
+        yield bundle, directory
+
+
+def _copy(bundle: Bundle, directory: Path) -> None:
     for name in (*bundle.manifest.files, BUILD_FILE):
         source, target = bundle.directory / name, directory / name
         if source.exists():  # build.json may have been left out

@@ -50,7 +50,7 @@ def need(library: EngineLibrary, precision: Precision = "fp16") -> dict[str, Any
         nvidia.load(library)
     except MissingDependencyError as error:
         pytest.skip(str(error))
-    if precision == "bf16" and capability in nvidia.NO_BF16:
+    if precision == "bf16" and capability == "sm75":
         pytest.skip(f"{capability} has no bf16 hardware")
     if library == "rtx" and capability not in LIBRARIES["rtx"].targets:
         pytest.skip(f"TensorRT-RTX does not compile for {capability}; it does for {', '.join(LIBRARIES['rtx'].targets)}")
