@@ -94,6 +94,6 @@ def test_what_failed_is_reported_and_ends_in_1(
 
 
 def test_make_runs_it(repository: Path) -> None:
-    command = ["make", "-n", "-o", ".venv/.ready", "gpu-proof"]
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.ready", "gpu-proof"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ".venv/bin/python benchmarks/gpu_proof.py"
