@@ -48,7 +48,7 @@ def build_recipe(path: Path, recipe: Recipe, progress: Progress) -> EngineEntry:
     clock = Clock(progress)
     with revised(path) as (bundle, directory):
         manifest = bundle.manifest
-        available = tuple(model.precision for model in manifest.models)
+        available = engines.precisions(manifest)
         wanted = engines.plan(recipe.engine, recipe.profile, manifest.dims, available)
         if wanted.precision not in available:
             from bca_deploy import pipeline  # torch: only where a model has to be made

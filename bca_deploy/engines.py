@@ -49,14 +49,14 @@ class EnginePlan:
     gpu: GpuEntry | None
 
 
-def plan(table: EngineTable, profiles: tuple[ProfileTable, ...], dims: Dims, precisions: tuple[Precision, ...]) -> EnginePlan:
+def plan(table: EngineTable, profiles: tuple[ProfileTable, ...], dims: Dims, available: tuple[Precision, ...]) -> EnginePlan:
     """Decide what to build; nothing is written.
 
     Args:
         table: what was asked for.
         profiles: the optimization profiles asked for; none means one over all of ``dims``.
         dims: of the bundle.
-        precisions: of its models; the first half precision there is the default, else fp16.
+        available: precisions of its models; the first half precision there is the default, else fp16.
 
     Raises:
         InputError: a target, option or profile that cannot be.
@@ -65,7 +65,7 @@ def plan(table: EngineTable, profiles: tuple[ProfileTable, ...], dims: Dims, pre
     """
     library = nvidia.LIBRARIES[table.library]
     _check_options(library, table)
-    halves = [precision for precision in precisions if precision != "fp32"]
+    halves = [precision for precision in available if precision != "fp32"]
     precision = table.precision or (halves[0] if halves else "fp16")
     targets = nvidia.check_targets(library, table.targets, precision)
     ranges = resolve(profiles, dims)
@@ -131,9 +131,14 @@ def record(directory: Path, manifest: Manifest, entry: EngineEntry, built: Built
     return seal(directory, manifest.model_copy(update={"engines": (*others, entry)}))
 
 
+def precisions(manifest: Manifest) -> tuple[Precision, ...]:
+    """Return the precisions that the bundle has portable models of, in the manifest's order."""
+    return tuple(model.precision for model in manifest.models if model.runtime == "portable")
+
+
 def model_of(manifest: Manifest, precision: Precision) -> ModelEntry:
-    """Return the model of a precision; the caller made sure that there is one."""
-    return next(model for model in manifest.models if model.precision == precision)
+    """Return the portable model of a precision; the caller made sure that there is one."""
+    return next(m for m in manifest.models if m.precision == precision and m.runtime == "portable")
 
 
 def _request(directory: Path, model: ModelEntry, wanted: EnginePlan, file: str) -> Request:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from bca_deploy.checkpoint import Checkpoint, State
 from bca_deploy.errors import LoweringError
-from bca_deploy.spec import Interface, LayerSpec, Lowering, Precision
+from bca_deploy.spec import Interface, LayerSpec, Lowering, Precision, Runtime
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,6 +67,7 @@ def lower(
     precision: Precision = "fp32",
     keep_io_types: bool = True,
     attention_maps: bool = False,
+    runtime: Runtime = "portable",
 ) -> "LoweredModel":
     """Return the traceable module.
 
@@ -76,6 +77,7 @@ def lower(
         precision: what weights and activations are rounded to; normalisation and the mean over values stay in float32.
         keep_io_types: float32 at the edges whatever the precision.
         attention_maps: return both attention maps as well; needs the ``reference`` lowering of a bare layer.
+        runtime: ``onnxruntime-cpu`` takes that runtime's own attention operator; where :func:`has_cpu_form` says so.
 
     Returns:
         A module in eval mode; call it as the reference layer.
@@ -86,13 +88,19 @@ def lower(
     if attention_maps and (lowering == "fused" or checkpoint.spec.depth is not None):
         raise LoweringError("attention maps exist only in the 'reference' lowering of a bare layer")
     dtype = DTYPES[precision]
+    kind = _KINDS["onnxruntime-cpu" if runtime == "onnxruntime-cpu" else lowering]
     with torch.device("meta"):
-        core = _build(checkpoint.spec, lowering, dtype)
+        core = _build(checkpoint.spec, kind, dtype)
     core.load_state_dict(lowered_state(checkpoint.state, dtype), assign=True)
     edge = torch.float32 if keep_io_types else dtype
     # A prenorm layer reads its inputs through a norm alone, which works in float32 anyway.
     cast = checkpoint.spec.depth is not None or not checkpoint.spec.prenorm
-    return LoweredModel(core, dtype if cast else None, edge, attention_maps).eval()
+    return LoweredModel(core, dtype if cast else None, edge, attention_maps, kind.sequence_first).eval()
+
+
+def has_cpu_form(lowering: Lowering, precision: Precision, interface: Interface) -> bool:
+    """Whether there is a second form of the model for onnxruntime on CPU: fused, float32, no bias."""
+    return lowering == "fused" and precision == "fp32" and interface.rel_pos_bias == "none"
 
 
 def lowered_state(state: State, dtype: torch.dtype) -> State:
@@ -149,7 +157,9 @@ class _Extras(NamedTuple):
 
 
 class _Attention(nn.Module):
-    """Norms, projections and heads: what both lowerings share."""
+    """Norms, projections and heads: what the lowerings share."""
+
+    sequence_first = True
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -258,14 +268,64 @@ def _mean(v: Tensor) -> Tensor:
     return (v.float().sum(0, keepdim=True) / v.shape[0]).to(v.dtype)
 
 
+class _CpuAttention(_Attention):
+    """For onnxruntime on CPU: its MultiHeadAttention, which never forms an attention map unless it is given a mask.
+
+    So the masks travel inside the heads, as two more features: ``[q, 1, b]`` times ``[k, c, 1]`` is ``q k + b + c``, where
+    ``b`` and ``c`` are 0 at live positions and far below every logit at dead ones. Of a softmax over keys, the queries' own
+    term drops out. One tensor for each side then serves both directions. Activations are ``[batch, length, features]``.
+    """
+
+    sequence_first = False
+
+    def forward(self, x: Tensor, context: Tensor, extras: _Extras) -> tuple[Tensor, ...]:
+        x, context = self.norm(x), self.context_norm(context)
+        qk, context_qk = self.to_qk(x), self.context_to_qk(context)
+        v, context_v = self.to_v(x), self.context_to_v(context)
+        mask, context_mask, _ = extras
+        if mask is not None or context_mask is not None:
+            qk = self._extend(qk, [_ones(qk), _depth_below(qk, mask)])
+            context_qk = self._extend(context_qk, [_depth_below(context_qk, context_mask), _ones(context_qk)])
+        out = self._attend(qk, context_qk, context_v, _live_rows(mask, context_mask))
+        context_out = self._attend(context_qk, qk, v, _live_rows(context_mask, mask))
+        return self.to_out(out), self.context_to_out(context_out)
+
+    def _extend(self, t: Tensor, features: list[Tensor]) -> Tensor:
+        """Add features ``[B, N, 1]`` to every head of ``t``, and zeros up to a multiple of 16: odd sizes are slow."""
+        batch, length, width = t.shape
+        size = width // self.heads
+        zeros = t.new_zeros(1, 1, 1).expand(batch, length, -(size + len(features)) % 16)
+        more = torch.cat([*features, zeros], -1)[:, :, None].expand(-1, -1, self.heads, -1)
+        return torch.cat([t.reshape(batch, length, self.heads, size), more], -1).flatten(-2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> Tensor:
+        attended: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            (q, k, v),
+            attrs={"num_heads": self.heads, "scale": self.scale},
+            dtype=q.dtype,
+            shape=(q.shape[0], q.shape[1], v.shape[2]),
+            version=1,
+        )
+        mean = v.sum(1, keepdim=True) / v.shape[1]
+        return attended if live is None else torch.where(live[:, 0], attended, mean)
+
+
+def _ones(t: Tensor) -> Tensor:
+    return torch.ones_like(t[:, :, :1])
+
+
+def _depth_below(t: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``[B, N, 1]``: 0 where live; where dead far below every logit, and still finite beside one of them."""
+    return torch.zeros_like(t[:, :, :1]) if mask is None else torch.where(mask[:, :, None], 0.0, -1e30)
+
+
 class _Block(nn.ModuleList):
     """One transformer block, indexed as in the published package: attention, feed-forward, context feed-forward."""
 
-    def __init__(self, spec: LayerSpec, lowering: Lowering, dtype: torch.dtype) -> None:
+    def __init__(self, spec: LayerSpec, kind: type[_Attention], dtype: torch.dtype) -> None:
         feed = [(spec.dim, spec.ff_hidden or 0), (spec.context_dim, spec.context_ff_hidden or 0)]
-        super().__init__(
-            [_attention(spec, lowering, dtype), *(_feed_forward(spec, dim, hidden, dtype) for dim, hidden in feed)]
-        )
+        super().__init__([kind(spec, dtype), *(_feed_forward(spec, dim, hidden, dtype) for dim, hidden in feed)])
 
     def forward(self, x: Tensor, context: Tensor, extras: _Extras) -> tuple[Tensor, Tensor]:
         attention, ff, context_ff = self
@@ -278,16 +338,12 @@ def _feed_forward(spec: LayerSpec, dim: int, hidden: int, dtype: torch.dtype) ->
     return nn.Sequential(_Norm(spec, dim, dtype), _Linear(dim, hidden, bias=True), nn.GELU(), _Linear(hidden, dim, bias=True))
 
 
-def _attention(spec: LayerSpec, lowering: Lowering, dtype: torch.dtype) -> _Attention:
-    return _FusedAttention(spec, dtype) if lowering == "fused" else _ReferenceAttention(spec, dtype)
-
-
 class _Transformer(nn.Module):
     """The blocks in turn, then the final norms where there are any."""
 
-    def __init__(self, spec: LayerSpec, lowering: Lowering, dtype: torch.dtype) -> None:
+    def __init__(self, spec: LayerSpec, kind: type[_Attention], dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Block(spec, lowering, dtype) for _ in range(spec.depth or 0))
+        self.layers = nn.ModuleList(_Block(spec, kind, dtype) for _ in range(spec.depth or 0))
         self.norm = _Norm(spec, spec.dim, dtype) if spec.final_norms else nn.Identity()
         self.context_norm = _Norm(spec, spec.context_dim, dtype) if spec.final_norms else nn.Identity()
 
@@ -297,23 +353,34 @@ class _Transformer(nn.Module):
         return self.norm(x), self.context_norm(context)
 
 
-def _build(spec: LayerSpec, lowering: Lowering, dtype: torch.dtype) -> nn.Module:
-    return _attention(spec, lowering, dtype) if spec.depth is None else _Transformer(spec, lowering, dtype)
+_KINDS: dict[str, type[_Attention]] = {
+    "reference": _ReferenceAttention,
+    "fused": _FusedAttention,
+    "onnxruntime-cpu": _CpuAttention,
+}
+
+
+def _build(spec: LayerSpec, kind: type[_Attention], dtype: torch.dtype) -> nn.Module:
+    return kind(spec, dtype) if spec.depth is None else _Transformer(spec, kind, dtype)
 
 
 class LoweredModel(nn.Module):
     """The traceable module: the lowered layer or transformer as ``core``, with casts and transposes at the edges.
 
     Args:
-        core: the lowered layer or transformer; takes and returns ``[length, batch, features]``.
+        core: the lowered layer or transformer.
         cast_to: what ``x`` and ``context`` are cast to on the way in; None leaves it to the core's norms.
         edge: dtype of the floating-point inputs and outputs.
         attention_maps: return the core's attention maps as well.
+        sequence_first: the core takes and returns ``[length, batch, features]``.
     """
 
-    def __init__(self, core: nn.Module, cast_to: torch.dtype | None, edge: torch.dtype, attention_maps: bool) -> None:
+    def __init__(
+        self, core: nn.Module, cast_to: torch.dtype | None, edge: torch.dtype, attention_maps: bool, sequence_first: bool
+    ) -> None:
         super().__init__()
         self.core, self.cast_to, self.edge, self.attention_maps = core, cast_to, edge, attention_maps
+        self.sequence_first = sequence_first
 
     def forward(
         self,
@@ -327,6 +394,9 @@ class LoweredModel(nn.Module):
         if self.cast_to is not None:
             x, context = x.to(self.cast_to), context.to(self.cast_to)
         extras = _Extras(mask, context_mask, rel_pos_bias)
-        out, context_out, *maps = self.core(x.transpose(0, 1), context.transpose(0, 1), extras)
+        out, context_out, *maps = self.core(self._turn(x), self._turn(context), extras)
         shown = maps if self.attention_maps else []
-        return tuple(t.to(self.edge) for t in (out.transpose(0, 1), context_out.transpose(0, 1), *shown))
+        return tuple(t.to(self.edge) for t in (self._turn(out), self._turn(context_out), *shown))
+
+    def _turn(self, t: Tensor) -> Tensor:
+        return t.transpose(0, 1) if self.sequence_first else t

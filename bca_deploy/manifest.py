@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from bca_deploy.recipe import EngineTable
-from bca_deploy.spec import Axis, Dims, EngineLibrary, Interface, LayerSpec, Lowering, Precision
+from bca_deploy.spec import Axis, Dims, EngineLibrary, Interface, LayerSpec, Lowering, Precision, Runtime
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -47,7 +47,7 @@ class ModelEntry(_Model):
     """One ONNX file."""
 
     file: str = Field(description="path in the bundle")
-    runtime: Literal["portable"] = Field(description="what the graph is made for; portable means plain ai.onnx operators")
+    runtime: Runtime = Field(description="what the graph is made for; portable means plain ai.onnx operators")
     opset: int = Field(description="ai.onnx opset of the file")
     precision: Precision = Field(description="of weights and activations; norms and means over values are float32")
     lowering: Lowering = Field(description="form of the attention in the graph")

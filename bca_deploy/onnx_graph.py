@@ -21,13 +21,16 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from bca_deploy.errors import ExportError, InputError
 from bca_deploy.lowering import LoweredModel
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec, Runtime
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
 
 # Sizes to trace with: all different and none 0 or 1, so that torch.export specialises on nothing by accident.
 _TRACE_SIZES = {"batch": 3, "x_len": 6, "context_len": 5}
+
+
+_DOMAINS: dict[Runtime, set[str]] = {"portable": {""}, "onnxruntime-cpu": {"", "com.microsoft"}}
 
 
 def check_opset(opset: int) -> int:
@@ -42,7 +45,12 @@ def check_opset(opset: int) -> int:
 
 
 def trace(
-    model: LoweredModel, spec: LayerSpec, interface: Interface, opset: int, metadata: Mapping[str, str] | None = None
+    model: LoweredModel,
+    spec: LayerSpec,
+    interface: Interface,
+    opset: int,
+    metadata: Mapping[str, str] | None = None,
+    runtime: Runtime = "portable",
 ) -> ir.Model:
     """Trace the lowered module into a checked ONNX model held in memory.
 
@@ -52,6 +60,7 @@ def trace(
         interface: which optional inputs and outputs the model has.
         opset: the ai.onnx opset the model must have, one of ``OPSETS``.
         metadata: goes into ``metadata_props``.
+        runtime: only ``portable`` graphs are of ai.onnx operators alone.
 
     Returns:
         The model; :func:`write` writes it.
@@ -63,7 +72,7 @@ def trace(
     exported = _run_exporter(_stand_in(model), spec, interface, check_opset(opset))
     _tidy(exported, metadata or {})
     attach(exported, model.core.state_dict())
-    _check(exported, spec, interface, opset)
+    _check(exported, spec, interface, opset, _DOMAINS[runtime])
     return exported
 
 
@@ -218,12 +227,12 @@ def _name_initializers(graph: ir.Graph) -> None:
         graph.register_initializer(value)
 
 
-def _check(model: ir.Model, spec: LayerSpec, interface: Interface, opset: int) -> None:
+def _check(model: ir.Model, spec: LayerSpec, interface: Interface, opset: int, domains: set[str]) -> None:
     found = model.opset_imports.get("")
     if found != opset:
         raise ExportError(f"asked for opset {opset}, but the exporter gave opset {found} without an error; please report this")
-    if set(model.opset_imports) != {""} or model.functions:
-        raise ExportError(f"the graph needs more than ai.onnx: {sorted(model.opset_imports)}; please report this")
+    if not set(model.opset_imports) <= domains or model.functions:
+        raise ExportError(f"the graph needs more than it may: {sorted(model.opset_imports)}; please report this")
     for kind, values, wanted in (
         ("input", model.graph.inputs, interface.inputs(spec)),
         ("output", model.graph.outputs, interface.outputs(spec)),

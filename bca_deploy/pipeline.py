@@ -21,7 +21,7 @@ from bca_deploy.cases import NUMPY_DTYPES
 from bca_deploy.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import BundleError, InputError, ParityError
-from bca_deploy.lowering import DTYPES, choose, lower, lowered_state
+from bca_deploy.lowering import DTYPES, choose, has_cpu_form, lower, lowered_state
 from bca_deploy.manifest import (
     EXPECT_FILE,
     FORMAT,
@@ -38,7 +38,7 @@ from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.recipe import InputsTable, LayerTable, OutputsTable, Recipe, read_recipe
 from bca_deploy.runners import onnxruntime
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, LayerSpec, Lowering, Precision
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, LayerSpec, Lowering, Precision, Runtime
 from bca_deploy.store import check_target, seal, staged, write_build, write_json
 from bca_deploy.verdict import Verdict, report, significant
 
@@ -184,7 +184,7 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
     with staged(plan.out, plan.force) as directory:
         with clock.stage("weights"):
             write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
-        made = [_make_model(plan, precision, directory, clock) for precision in dict.fromkeys(plan.recipe.precision)]
+        made = [_make_model(plan, precision, runtime, directory, clock) for precision, runtime in _forms(plan)]
         manifest = finish(plan, made, directory, clock)
         try:
             refuse_failures([verdict for _, verdict in made])
@@ -196,6 +196,17 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
     return tuple(verdict for _, verdict in made)
 
 
+def _forms(plan: Plan) -> list[tuple[Precision, Runtime]]:
+    """Return what to make: a portable model of each precision, then what one runtime alone can run."""
+    forms: list[tuple[Precision, Runtime]] = [(p, "portable") for p in dict.fromkeys(plan.recipe.precision)]
+    cpu: list[tuple[Precision, Runtime]] = [
+        (precision, "onnxruntime-cpu")
+        for precision, _ in forms
+        if has_cpu_form(plan.lowering, precision, plan.recipe.interface)
+    ]
+    return forms + cpu
+
+
 def reopen(bundle: Bundle, force: bool = True) -> Plan:
     """Return the plan that would make this bundle again, from its manifest and weights."""
     manifest, first = bundle.manifest, bundle.manifest.models[0]
@@ -204,7 +215,7 @@ def reopen(bundle: Bundle, force: bool = True) -> Plan:
         outputs=OutputsTable(attention_maps=manifest.interface.attention_maps),
         dims=manifest.dims,
         opset=first.opset,
-        precision=tuple(model.precision for model in manifest.models),
+        precision=engines.precisions(manifest),
         keep_io_types=first.keep_io_types,
         parity=first.parity.scope,
         external_data_bytes=0 if first.external_data else EXTERNAL_DATA_BYTES,
@@ -223,7 +234,7 @@ def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precis
     Raises:
         ParityError: the new model is not the same function.
     """
-    entry, verdict = _make_model(plan, precision, directory, clock)
+    entry, verdict = _make_model(plan, precision, "portable", directory, clock)
     refuse_failures([verdict])
     models = (*manifest.models, entry)
     _write_selftest(plan, directory, models, clock)
@@ -251,7 +262,7 @@ def refit_model(plan: Plan, model: ModelEntry, directory: Path, clock: Clock) ->
         graph = ir.external_data.load_to_model(ir.load(path))  # nothing may still read from the file to be written
         attach(graph, lowered_state(plan.checkpoint.state, DTYPES[model.precision]))
         write(graph, path, plan.recipe.external_data_bytes)
-    return _judge(plan, model.precision, path, len(graph.graph), clock)
+    return _judge(plan, model.precision, model.runtime, path, len(graph.graph), clock)
 
 
 def write_weights(checkpoint: Checkpoint, path: Path) -> None:
@@ -261,26 +272,32 @@ def write_weights(checkpoint: Checkpoint, path: Path) -> None:
     save_file(checkpoint.state, path)
 
 
-def _make_model(plan: Plan, precision: Precision, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
+def _make_model(
+    plan: Plan, precision: Precision, runtime: Runtime, directory: Path, clock: Clock
+) -> tuple[ModelEntry, Verdict]:
     recipe, spec = plan.recipe, plan.checkpoint.spec
-    path = directory / "models" / f"{precision}.onnx"
+    name = precision if runtime == "portable" else f"{precision}.{runtime}"
+    path = directory / "models" / f"{name}.onnx"
     path.parent.mkdir(exist_ok=True)
-    with clock.stage(f"trace {precision}"):
-        lowered = lower(plan.checkpoint, plan.lowering, precision, recipe.keep_io_types, recipe.interface.attention_maps)
-        model = trace(lowered, spec, recipe.interface, recipe.opset, _metadata(plan, precision))
+    with clock.stage(f"trace {name}"):
+        maps = recipe.interface.attention_maps
+        lowered = lower(plan.checkpoint, plan.lowering, precision, recipe.keep_io_types, maps, runtime)
+        model = trace(lowered, spec, recipe.interface, recipe.opset, _metadata(plan, precision), runtime)
         write(model, path, recipe.external_data_bytes)
-    return _judge(plan, precision, path, len(model.graph), clock)
+    return _judge(plan, precision, runtime, path, len(model.graph), clock)
 
 
-def _judge(plan: Plan, precision: Precision, path: Path, nodes: int, clock: Clock) -> tuple[ModelEntry, Verdict]:
+def _judge(
+    plan: Plan, precision: Precision, runtime: Runtime, path: Path, nodes: int, clock: Clock
+) -> tuple[ModelEntry, Verdict]:
     recipe, spec = plan.recipe, plan.checkpoint.spec
     subject = Subject(path, plan.checkpoint, recipe.interface, recipe.dims, precision, recipe.keep_io_types)
-    with clock.stage(f"parity {precision}"):
+    with clock.stage(f"parity {path.stem}"):
         verdict = judge(subject, recipe.parity, clock.progress.steps)
         if plan.expected:
             inputs = expect.inputs_of(plan.expected, spec, recipe.interface)
             verdict = verdict.joined(judge_inputs(subject, {EXPECT_FILE: inputs}))
-    return _model_entry(plan, precision, path, nodes, verdict), verdict
+    return _model_entry(plan, precision, runtime, path, nodes, verdict), verdict
 
 
 def _metadata(plan: Plan, precision: Precision) -> dict[str, str]:
@@ -293,12 +310,12 @@ def _metadata(plan: Plan, precision: Precision) -> dict[str, str]:
     }
 
 
-def _model_entry(plan: Plan, precision: Precision, path: Path, nodes: int, verdict: Verdict) -> ModelEntry:
+def _model_entry(plan: Plan, precision: Precision, runtime: Runtime, path: Path, nodes: int, verdict: Verdict) -> ModelEntry:
     data = path.with_name(f"{path.name}.data")
     recipe, spec = plan.recipe, plan.checkpoint.spec
     return ModelEntry(
         file=f"models/{path.name}",
-        runtime="portable",
+        runtime=runtime,
         opset=recipe.opset,
         precision=precision,
         lowering=plan.lowering,
@@ -349,7 +366,7 @@ def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, 
 
 def _write_selftest(plan: Plan, directory: Path, models: tuple[ModelEntry, ...], clock: Clock) -> None:
     with clock.stage("self-test"):
-        precisions = [model.precision for model in models]
+        precisions = list(dict.fromkeys(model.precision for model in models))
         arrays = selftest.make(plan.checkpoint, plan.recipe.interface, plan.recipe.dims, precisions)
         np.savez(directory / SELFTEST_FILE, **arrays)  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ Norm = Literal["layer", "rms"]
 Bias = Literal["none", "plane", "shared", "batch"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Lowering = Literal["reference", "fused"]
+Runtime = Literal["portable", "onnxruntime-cpu"]
 EngineLibrary = Literal["rtx", "tensorrt"]
 Axis = str | int
 
