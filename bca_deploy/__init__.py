@@ -7,18 +7,21 @@ __version__ = "0.1.0"
 
 # Imported on first use: opening a bundle must not import torch or onnx, and `bca --help` must not import numpy.
 _PUBLIC = {
-    "BcaError": "bca_deploy.errors",
-    "Bundle": "bca_deploy.bundle",
-    "build": "bca_deploy.building",
-    "export": "bca_deploy.pipeline",
-    "refit": "bca_deploy.refitting",
-    "verify": "bca_deploy.verification",
+    "BcaError": "bca_deploy.errors:BcaError",
+    "Bundle": "bca_deploy.bundle:Bundle",
+    "Session": "bca_deploy.session:Session",
+    "build": "bca_deploy.building:build",
+    "export": "bca_deploy.pipeline:export",
+    "open": "bca_deploy.session:open_session",
+    "refit": "bca_deploy.refitting:refit",
+    "verify": "bca_deploy.verification:verify",
 }
 
-__all__ = ["BcaError", "Bundle", "__version__", "build", "export", "refit", "verify"]
+__all__ = ["BcaError", "Bundle", "Session", "__version__", "build", "export", "open", "refit", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bca_deploy' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute)

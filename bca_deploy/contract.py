@@ -1,0 +1,140 @@
+"""What a model takes, checked before the call: names, dtypes, ranks, sizes. The one place where a request is refused."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bca_deploy.errors import InputError, nearest
+from bca_deploy.manifest import TensorEntry
+from bca_deploy.spec import Axis, DimRange, Dims
+
+Array = NDArray[Any]
+
+_OPTIONAL = ("mask", "context_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    name: str
+    dtype: np.dtype[Any]
+    axes: tuple[Axis, ...]
+    optional: bool
+
+
+class Contract:
+    """The inputs of one model.
+
+    Args:
+        tensors: the model's inputs, in order.
+        dims: the sizes that the named dimensions may take.
+        advice: what to do where a size is refused; goes into the error.
+    """
+
+    def __init__(self, tensors: Iterable[TensorEntry], dims: Dims, advice: str) -> None:
+        self._inputs = [_Input(t.name, np.dtype(_numpy_name(t.dtype)), t.axes, t.name in _OPTIONAL) for t in tensors]
+        self.names = tuple(entry.name for entry in self._inputs)
+        self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}
+        self._advice = advice
+
+    def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs by name; ``None`` counts as not given.
+
+        Raises:
+            InputError: too many, given twice, or unknown.
+        """
+        if len(args) > len(self.names):
+            raise InputError(f"{len(args)} inputs by position, but the model takes {len(self.names)}: {', '.join(self.names)}")
+        given = {name: value for name, value in zip(self.names, args, strict=False) if value is not None}
+        for name, value in named.items():
+            if value is None:
+                continue
+            if name not in self.names:
+                raise InputError(
+                    f"the model has no input {name!r}{nearest(name, self.names)}; it takes {', '.join(self.names)}"
+                )
+            if name in given:
+                raise InputError(f"input {name} is given twice, by position and by name")
+            given[name] = value
+        return given
+
+    def check(self, given: Mapping[str, Array], cast: bool = False) -> dict[str, Array]:
+        """Return every input as the model takes it; masks that were not given are all true.
+
+        Args:
+            given: numpy arrays by name.
+            cast: turn other floating-point dtypes, and masks of 0 and 1, into the model's dtypes.
+
+        Raises:
+            InputError: naming the input, the axis, what it got, what is allowed and the way out.
+        """
+        sizes: dict[str, tuple[int, str]] = {}
+        ready: dict[str, Array] = {}
+        for entry in self._inputs:
+            array = given.get(entry.name)
+            if array is None:
+                if not entry.optional:
+                    raise InputError(f"input {entry.name} is missing; the model takes {', '.join(self.names)}")
+                continue
+            if array.dtype != entry.dtype:
+                array = self._cast(entry, array, cast)
+            self._check_shape(entry, array.shape, sizes)
+            ready[entry.name] = array
+        for entry in self._inputs:
+            if entry.name not in ready:
+                ready[entry.name] = np.ones([sizes[str(axis)][0] for axis in entry.axes], np.bool_)
+        return ready
+
+    def _check_shape(self, entry: _Input, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+        if len(shape) != len(entry.axes):
+            raise InputError(
+                f"input {entry.name} has {len(shape)} axes {list(shape)}, and needs {len(entry.axes)}: {_shown(entry.axes)}"
+            )
+        for index, (axis, size) in enumerate(zip(entry.axes, shape, strict=True)):
+            if isinstance(axis, int):
+                if size != axis:
+                    raise InputError(f"input {entry.name}: axis {index} is {size}, and must be {axis}: {_shown(entry.axes)}")
+                continue
+            known = sizes.get(axis)
+            if known is None:
+                self._check_range(entry, index, axis, size)
+                sizes[axis] = (size, entry.name)
+            elif known[0] != size:
+                raise InputError(
+                    f"input {entry.name}: axis {index} ({axis}) is {size}, but {known[1]} has {known[0]}; they must agree"
+                )
+
+    def _check_range(self, entry: _Input, index: int, axis: str, size: int) -> None:
+        allowed = self._ranges[axis]
+        if not allowed.min <= size <= allowed.max:
+            raise InputError(
+                f"input {entry.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; {self._advice}"
+            )
+
+    def _cast(self, entry: _Input, array: Array, cast: bool) -> Array:
+        mask = entry.dtype == np.bool_
+        possible = array.dtype.kind in ("iu" if mask else "f") or array.dtype.name == "bfloat16"
+        if not cast or not possible:
+            hint = "; cast=True converts it" if possible else ""
+            raise InputError(f"input {entry.name} has dtype {array.dtype}, and needs {entry.dtype}{hint}")
+        if mask and not ((array == 0) | (array == 1)).all():
+            raise InputError(
+                f"input {entry.name}: a mask of integers must hold 0 and 1 alone, and its largest is {array.max()}"
+            )
+        with np.errstate(over="ignore"):  # checked below, with a better message
+            converted = array.astype(entry.dtype)
+        if not mask and np.isfinite(array).all() and not np.isfinite(converted).all():
+            raise InputError(f"input {entry.name} holds {np.abs(array).max():.3g}, more than {entry.dtype} can; scale it down")
+        return converted
+
+
+def _shown(axes: tuple[Axis, ...]) -> str:
+    return f"[{', '.join(map(str, axes))}]"
+
+
+def _numpy_name(dtype: str) -> str:
+    if dtype == "bfloat16":
+        import ml_dtypes  # noqa: F401  (gives numpy the name)
+    return dtype
