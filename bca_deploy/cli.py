@@ -310,6 +310,46 @@ def refit_command(
         console.show_verdicts(verdicts, as_json, bundle)
 
 
+BackendFlag = Annotated[
+    str,
+    typer.Option(help="auto, tensorrt, rtx, onnxruntime-cuda or onnxruntime-cpu; all but auto never fall back."),
+]
+
+
+@app.command("run")
+def run_command(  # noqa: PLR0913  (one parameter per option)
+    bundle: BundleArgument,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="NAME=FILE.npy, or FILE.npz; again for more.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the outputs go, as one .npz.")] = Path("outputs.npz"),
+    backend: BackendFlag = "auto",
+    precision: Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the model. [default: best]")] = None,
+    threads: Annotated[int | None, typer.Option(help="For onnxruntime on CPU. [default: every core]")] = None,
+    selftest: Annotated[bool, typer.Option("--selftest", help="Run the bundle's own inputs and hold their bounds.")] = False,
+    cast: Annotated[bool, typer.Option("--cast", help="Convert other dtypes to the model's.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Run a bundle once, from files to a file. Needs neither torch nor onnx.
+
+    Exit codes: 0 done, 1 self-test failed, 2 bad input.
+    """
+    with _guarded(verbose):
+        from bca_deploy import console
+        from bca_deploy.running import read_inputs, run
+        from bca_deploy.session import open_session
+
+        if selftest == bool(inputs):
+            raise InputError("give either --selftest, or --input for every input of the model")
+        with open_session(bundle, backend, precision=precision, threads=threads) as session:
+            if selftest:
+                session.selftest()
+                console.show_run(session, {}, None, as_json)
+            else:
+                outputs = run(session, read_inputs(inputs or []), output, cast, force)
+                console.show_run(session, outputs, output, as_json)
+
+
 @app.command("doctor")
 def doctor_command(as_json: JsonFlag = False, verbose: VerboseFlag = False) -> None:
     """Show what this machine can do, and the command that adds what is missing."""

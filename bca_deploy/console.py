@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bca_deploy.doctor import Finding
     from bca_deploy.manifest import EngineEntry
     from bca_deploy.pipeline import Plan
+    from bca_deploy.session import Session
     from bca_deploy.verdict import Verdict
 
 # Markup off: shapes such as [batch, x_len] are not styles. Wide where there is no terminal to fit: tables go to logs whole.
@@ -171,6 +172,18 @@ def show_engines(entries: tuple["EngineEntry", ...], manifest: Manifest, where: 
     _out.print(table)
     for note in notes:
         _out.print(note)
+
+
+def show_run(session: "Session", outputs: dict[str, Any], where: Path | None, as_json: bool) -> None:
+    """Print what ran and what came out; without outputs it was the self-test."""
+    shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in outputs.items()}
+    if as_json:
+        _print_json({"backend": session.explain().chosen, "outputs": shapes, "file": str(where) if where else None})
+        return
+    _out.print(f"backend: {session.explain()}")
+    for name, shape in shapes.items():
+        _out.print(f"{name}: {shape['shape']} {shape['dtype']}")
+    _out.print(f"outputs: {where}" if where else "self-test passed")
 
 
 def show_findings(findings: tuple["Finding", ...], as_json: bool) -> None:
