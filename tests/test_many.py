@@ -1,0 +1,52 @@
+"""Grouping and scheduling of many pairs: properties over random lengths."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bca_deploy.many import PADDING, Size, buckets, schedule
+
+lengths = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=40)
+
+
+def sizes_of(shapes: list[tuple[int, int, int]]) -> list[Size]:
+    return [Size(index, *shape, width=64) for index, shape in enumerate(shapes)]
+
+
+@given(lengths, st.integers(4, 16))
+def test_every_pair_is_in_one_bucket_and_no_bucket_is_over_its_limits(shapes: list[tuple[int, int, int]], largest: int) -> None:
+    groups = buckets(sizes_of(shapes), largest)
+    assert sorted(index for group in groups for index in group) == list(range(len(shapes)))
+    for group in groups:
+        batch = sum(shapes[i][0] for i in group)
+        full = batch * (max(shapes[i][1] for i in group) + max(shapes[i][2] for i in group))
+        real = sum(shapes[i][0] * (shapes[i][1] + shapes[i][2]) for i in group)
+        assert batch <= largest
+        assert (full - real) / full <= PADDING
+
+
+def test_equal_lengths_fill_whole_buckets() -> None:
+    assert [len(group) for group in buckets(sizes_of([(1, 32, 16)] * 20), 8)] == [8, 8, 4]
+
+
+@given(lengths, st.integers(1, 8))
+def test_every_pair_is_scheduled_once_and_what_is_dealt_out_ends_together(
+    shapes: list[tuple[int, int, int]], workers: int
+) -> None:
+    sizes = sizes_of(shapes)
+    together, alone = schedule(sizes, workers)
+    assert sorted(together + alone) == list(range(len(shapes)))
+    loads = [0.0] * workers
+    for index in alone:
+        loads[loads.index(min(loads))] += sizes[index].cost
+    assert max(loads) <= 1.1 * sum(loads) / workers + 1e-9
+
+
+def test_one_large_pair_among_small_ones_gets_all_threads() -> None:
+    together, alone = schedule(sizes_of([(1, 16, 16)] * 8 + [(1, 2048, 2048)]), 2)
+    assert together == [8]
+    assert len(alone) == 8
+
+
+def test_three_equal_pairs_on_two_workers_are_one_together_and_two_alone() -> None:
+    together, alone = schedule(sizes_of([(1, 512, 512)] * 3), 2)
+    assert (len(together), len(alone)) == (1, 2)

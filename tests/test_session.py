@@ -1,0 +1,374 @@
+"""The session: the reference layer's results from any thread, any kind of array, any backend that is there."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_bundle import HEAVY, run_without
+from typer.testing import CliRunner
+
+import bca_deploy
+from bca_deploy.bundle import Bundle
+from bca_deploy.checkpoint import Checkpoint, read
+from bca_deploy.cli import app
+from bca_deploy.errors import BcaError, BundleError, EngineError, InputError, ParityError
+from bca_deploy.manifest import WEIGHTS_FILE
+from bca_deploy.session import Session
+
+
+@pytest.fixture(scope="module")
+def session(exported: Bundle) -> Any:
+    with bca_deploy.open(exported.directory) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def layer(exported: Bundle) -> torch.nn.Module:
+    torch.set_num_threads(1)
+    return Checkpoint(exported.manifest.layer, read(exported.path(WEIGHTS_FILE))).module(torch.float64)
+
+
+def make(batch: int, x_len: int, context_len: int, seed: int = 0, masked: bool = True) -> dict[str, np.ndarray]:
+    r = np.random.default_rng(seed)
+    inputs: dict[str, np.ndarray] = {
+        "x": r.standard_normal((batch, x_len, 24), np.float32),
+        "context": r.standard_normal((batch, context_len, 16), np.float32),
+    }
+    if masked:
+        inputs |= {"mask": r.random((batch, x_len)) < 0.7, "context_mask": r.random((batch, context_len)) < 0.7}
+    return inputs
+
+
+def truth(layer: torch.nn.Module, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    tensors = {n: torch.from_numpy(a) if a.dtype == bool else torch.from_numpy(a).double() for n, a in inputs.items()}
+    with torch.no_grad():
+        return [t.numpy() for t in layer(**tensors)[:2]]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9), st.booleans())
+def test_the_session_computes_the_reference_layer(
+    session: Session, layer: torch.nn.Module, batch: int, x_len: int, context_len: int, seed: int, masked: bool
+) -> None:
+    inputs = make(batch, x_len, context_len, seed, masked)
+    for got, wanted in zip(session(**inputs), truth(layer, inputs), strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+def test_by_position_by_name_and_by_mapping_are_the_same(session: Session) -> None:
+    inputs = make(2, 5, 3)
+    by_name, by_place = session(**inputs), session(*inputs.values())
+    by_mapping = session.run(inputs)
+    assert list(by_mapping) == ["out", "context_out"]
+    for a, b, c in zip(by_name, by_place, by_mapping.values(), strict=True):
+        assert np.array_equal(a, b)
+        assert np.array_equal(a, c)
+
+
+def test_masks_left_out_are_all_true(session: Session) -> None:
+    inputs = make(2, 5, 3, masked=False)
+    full = inputs | {"mask": np.ones((2, 5), bool), "context_mask": np.ones((2, 3), bool)}
+    assert all(np.array_equal(a, b) for a, b in zip(session(**inputs), session(**full), strict=True))
+
+
+def test_torch_in_torch_out_and_numpy_in_numpy_out(session: Session) -> None:
+    inputs = make(2, 5, 3)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    out, context_out = session(**tensors)
+    assert isinstance(out, torch.Tensor)
+    assert isinstance(context_out, torch.Tensor)
+    assert np.array_equal(out.numpy(), session(**inputs)[0])
+
+
+def test_inputs_that_track_gradients_are_taken_without_them(session: Session) -> None:
+    inputs = {name: torch.from_numpy(array) for name, array in make(1, 4, 4).items()}
+    inputs["x"].requires_grad_(True)
+    assert not session(**inputs)[0].requires_grad
+
+
+def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
+    class Foreign:
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.array.__dlpack_device__()
+
+    from bca_deploy.tensors import as_array
+
+    inputs = make(2, 5, 3, masked=False)
+    foreign = Foreign(inputs["x"])
+    assert np.shares_memory(as_array("x", foreign), inputs["x"])
+    assert np.array_equal(session(foreign, inputs["context"])[0], session(**inputs)[0])
+
+
+def test_views_that_are_not_contiguous_give_the_same(session: Session) -> None:
+    inputs = make(2, 5, 3)
+    turned = {n: np.asfortranarray(a) for n, a in inputs.items()}
+    assert all(np.array_equal(a, b) for a, b in zip(session(**inputs), session(**turned), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([[1.0]], "input x is a list; give a numpy array, a torch tensor or another array with __dlpack__"),
+        (torch.ones(1, 2, 24, device="meta"), r"input x is on meta, and this session runs on the CPU; give x.cpu\(\)"),
+        (torch.ones(1, 2, 24, dtype=torch.bfloat16), r"dtype torch.bfloat16, which this session cannot take; give x.float\(\)"),
+        (np.ones((1, 4096, 24), np.float32), r"axis 1 \(x_len\) is 4096, allowed 1 to 2048; cut the sequence"),
+    ],
+)
+def test_what_a_session_cannot_take_is_refused(session: Session, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        session(value, np.ones((1, 2, 16), np.float32))
+
+
+def test_run_into_writes_into_the_callers_arrays(session: Session) -> None:
+    inputs = make(2, 5, 3)
+    outputs = {"out": np.full((2, 5, 24), np.nan, np.float32), "context_out": np.full((2, 3, 16), np.nan, np.float32)}
+    session.run_into(inputs, outputs)
+    assert all(np.array_equal(a, b) for a, b in zip(outputs.values(), session(**inputs), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": np.zeros((2, 5, 23), np.float32)}, r"output out is \[2, 5, 23\] float32; a writable, C-contiguous array of"),
+        ({"out": np.zeros((2, 5, 24), np.float64)}, r"array of \[2, 5, 24\] float32 is needed"),
+        ({"out": np.zeros((24, 5, 2), np.float32).T}, "C-contiguous"),
+        ({"attn": np.zeros(1)}, "outputs out, context_out, attn were given, and the model has out, context_out"),
+    ],
+)
+def test_run_into_refuses_arrays_that_do_not_fit(session: Session, change: dict[str, np.ndarray], message: str) -> None:
+    outputs = {"out": np.zeros((2, 5, 24), np.float32), "context_out": np.zeros((2, 3, 16), np.float32)}
+    with pytest.raises(InputError, match=message):
+        session.run_into(make(2, 5, 3), outputs | change)
+
+
+def test_sixteen_threads_of_different_shapes_never_mix_results(session: Session) -> None:
+    requests = [make(1 + n % 3, 3 + n, 20 - n, seed=n) for n in range(16)]
+    wanted = [session(**inputs) for inputs in requests]
+    barrier = threading.Barrier(16)
+
+    def work(index: int) -> bool:
+        barrier.wait()
+        return all(
+            all(np.array_equal(a, b) for a, b in zip(session(**requests[index]), wanted[index], strict=True)) for _ in range(30)
+        )
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(work, range(16)))
+
+
+def test_async_calls_run_side_by_side_and_come_back_in_order(session: Session) -> None:
+    requests = [make(1, 3 + n, 4) for n in range(8)]
+
+    async def all_of_them() -> list[tuple[Any, ...]]:
+        return await asyncio.gather(*(session.run_async(**inputs) for inputs in requests))
+
+    for got, inputs in zip(asyncio.run(all_of_them()), requests, strict=True):
+        assert np.array_equal(got[0], session(**inputs)[0])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12), st.booleans())
+@pytest.mark.parametrize("policy", ["alone", "pad"])
+def test_run_many_equals_one_by_one_on_every_live_row(
+    session: Session, policy: Any, shapes: list[tuple[int, int, int]], masked: bool
+) -> None:
+    requests = [make(*shape, seed=n, masked=masked) for n, shape in enumerate(shapes)]
+    for got, inputs in zip(session.run_many([tuple(r.values()) for r in requests], policy=policy), requests, strict=True):
+        live = inputs.get("mask", np.ones(inputs["x"].shape[:2], bool))
+        context_live = inputs.get("context_mask", np.ones(inputs["context"].shape[:2], bool))
+        rows = (live & context_live.any(1, keepdims=True), context_live & live.any(1, keepdims=True))
+        for a, b, keep in zip(got, session(**inputs), rows, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a[keep], b[keep], atol=2e-6)
+
+
+def test_run_many_names_the_pair_that_does_not_fit(session: Session) -> None:
+    good = tuple(make(1, 2, 3).values())
+    with pytest.raises(InputError, match=r"pair 1: input x: axis 2 is 5, and must be 24"):
+        session.run_many([good, (np.ones((1, 2, 5), np.float32), good[1])])
+
+
+def test_run_many_counts_its_padding(exported: Bundle) -> None:
+    with bca_deploy.open(exported.directory) as session:
+        session.run_many([tuple(make(1, n, 8, masked=False).values()) for n in (7, 8)], policy="pad")
+        found = session.metrics()
+    assert (found.calls, found.pairs, found.rows, found.padded_rows) == (1, 2, 32, 1)
+    assert sum(found.histogram) == 1
+
+
+def test_padding_without_masks_is_refused(tmp_path: Path) -> None:
+    module = make_checkpoint(prenorm=True).module(torch.float32)
+    bca_deploy.export(module, tmp_path / "m", inputs={"mask": False, "context_mask": False}).close()
+    pairs = [(np.ones((1, n, 24), np.float32), np.ones((1, 3, 16), np.float32)) for n in (2, 3)]
+    with bca_deploy.open(tmp_path / "m") as session:
+        assert len(session.run_many(pairs)) == 2
+        with pytest.raises(InputError, match="cannot be padded without masks; export with both masks, or policy='alone'"):
+            session.run_many(pairs, policy="pad")
+
+
+def test_failures_are_counted_and_the_next_call_works(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bca_deploy.open(exported.directory) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(session._backend, "run", lambda inputs: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                session(**make(1, 2, 3))
+        session(**make(1, 2, 3))
+        assert (session.metrics().calls, session.metrics().failures) == (2, 1)
+
+
+def test_a_closed_session_says_so(exported: Bundle) -> None:
+    session = bca_deploy.open(exported.directory)
+    session.close()
+    for call in (lambda: session(**make(1, 2, 3)), lambda: session.run_many([tuple(make(1, 2, 3).values())])):
+        with pytest.raises(BcaError, match="the session is closed; open the bundle again"):
+            call()
+
+
+def test_auto_takes_the_graph_made_for_the_cpu_and_says_why_nothing_faster(session: Session) -> None:
+    explanation = session.explain()
+    assert explanation.chosen.startswith("onnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime")
+    assert [name for name, _ in explanation.passed_over] == ["tensorrt", "rtx", "onnxruntime-cuda"]
+    assert "no tensorrt engine; build one: bca build" in str(explanation)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "cpu"}, InputError, "backend 'cpu' is not known"),
+        ({"backend": "rtx"}, EngineError, "no rtx engine; build one: bca build"),
+        ({"backend": "onnxruntime-cuda"}, EngineError, "no CUDA provider|no GPU"),
+        (
+            {"backend": "onnxruntime-cpu", "precision": "bf16"},
+            InputError,
+            "no bfloat16 products on the CPU; open with precision",
+        ),
+        ({"threads": 0}, InputError, "threads is 0; it must be at least 1"),
+    ],
+)
+def test_an_explicit_request_never_falls_back(
+    exported: Bundle, options: dict[str, Any], error: type[BcaError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        bca_deploy.open(exported.directory, **options)
+
+
+def test_the_precision_asked_for_is_the_one_that_runs(exported: Bundle) -> None:
+    with bca_deploy.open(exported.directory, precision="fp16") as session:
+        assert "models/fp16.onnx" in session.explain().chosen
+        session.selftest()
+
+
+def test_the_self_test_passes_and_a_wrong_model_fails_it(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bca_deploy.open(exported.directory) as session:
+        session.selftest()
+        run = session._backend.run
+        monkeypatch.setattr(session._backend, "run", lambda inputs: {n: a * 1.01 for n, a in run(inputs).items()})
+        with pytest.raises(ParityError, match="self-test fp32/"):
+            session.selftest()
+
+
+def test_a_changed_file_is_refused_unless_checks_are_off(exported: Bundle, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(exported.directory, tmp_path / "m")
+    with (copy / "parity.json").open("r+b") as file:
+        file.write(b"X")
+    with pytest.raises(BundleError, match=r"parity.json has changed since the export"):
+        bca_deploy.open(copy)
+    bca_deploy.open(copy, verify="size").close()
+
+
+def test_opening_and_running_needs_neither_torch_nor_onnx(exported: Bundle) -> None:
+    script = """
+import numpy as np
+import bca_deploy
+with bca_deploy.open(sys.argv[1]) as session:
+    out, _ = session(np.ones((1, 3, 24), np.float32), np.ones((1, 2, 16), np.float32))
+    session.selftest()
+print(out.shape, [name for name in ("torch", "onnx") if name in sys.modules])
+"""
+    assert run_without(tuple(n for n in HEAVY if n != "onnxruntime"), script, exported.directory).stdout == "(1, 3, 24) []\n"
+
+
+def test_ten_thousand_calls_need_no_more_memory_than_one_thousand(exported: Bundle) -> None:
+    script = """
+import sys, numpy as np, bca_deploy
+def rss(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+with bca_deploy.open(sys.argv[1]) as session:
+    requests = [(np.ones((1, n, 24), np.float32), np.ones((1, 40 - n, 16), np.float32)) for n in range(1, 33)]
+    for index in range(10_000):
+        session(*requests[index % 32])
+        if index == 999: before = rss()
+    print(rss() / before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, exported.directory], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 1.02
+
+
+def bca(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_bca_run_reads_npy_and_npz_and_writes_the_outputs(exported: Bundle, session: Session, tmp_path: Path) -> None:
+    inputs = make(2, 5, 3)
+    np.save(tmp_path / "x.npy", inputs["x"])
+    np.savez(tmp_path / "rest.npz", **{n: a for n, a in inputs.items() if n != "x"})
+    out = tmp_path / "out.npz"
+    arguments = (
+        "run",
+        exported.directory,
+        "--input",
+        f"x={tmp_path / 'x.npy'}",
+        "--input",
+        tmp_path / "rest.npz",
+        "--output",
+        out,
+    )
+    done = bca(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["outputs"]["out"] == {"shape": [2, 5, 24], "dtype": "float32"}
+    with np.load(out) as arrays:
+        assert np.array_equal(arrays["out"], session(**inputs)[0])
+    again = bca(*arguments)
+    assert again.exit_code == 2
+    assert "exists; use --force to replace it" in again.stderr
+    assert bca(*arguments, "--force").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "rest.npz", "x.npy"]
+
+
+def test_bca_run_selftest(exported: Bundle) -> None:
+    done = bca("run", exported.directory, "--selftest")
+    assert done.exit_code == 0, done.output
+    assert "self-test passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --selftest, or --input"),
+        (("--input", "x=absent.npy"), "absent.npy does not exist or is not a file"),
+        (("--selftest", "--backend", "rtx"), "has no rtx engine"),
+    ],
+)
+def test_bca_run_refuses_with_exit_code_2(exported: Bundle, arguments: tuple[str, ...], message: str) -> None:
+    done = bca("run", exported.directory, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
