@@ -103,7 +103,7 @@ def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -
         for failure in verdict.failures[:20]:
             _out.print(f"failed: {failure}")
         _out.print(
-            f"{verdict.precision}: parity {'passed' if verdict else 'FAILED'}, {verdict.cases} cases ({verdict.scope}), "
+            f"{verdict.model}: parity {'passed' if verdict else 'FAILED'}, {verdict.cases} cases ({verdict.scope}), "
             f"worst RMS ratio to PyTorch eager {verdict.worst_ratio:.3f} (limit 1.5); "
             f"rounding the weights moves the outputs by {verdict.weight_rounding:.2g} RMS",
         )
@@ -112,7 +112,7 @@ def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -
 
 def _parity_table(verdict: "Verdict") -> Table:
     table = Table(
-        title=f"parity, {verdict.precision}: error against float64, beside PyTorch eager", title_justify="left", box=SIMPLE
+        title=f"parity, {verdict.model}: error against float64, beside PyTorch eager", title_justify="left", box=SIMPLE
     )
     for name in ("family", "logits", "runtime"):
         table.add_column(name)

@@ -315,7 +315,16 @@ def _cosine(a: Array, b: Array) -> float:
 def _verdict(subject: Subject, scope: str, results: list[CaseResult], weight_rounding: float) -> Verdict:
     found = tuple(results)
     groups = pool(found)
-    return Verdict(subject.precision, scope, found, groups, problems(found, groups), weight_rounding, tuple(_notes(subject)))
+    return Verdict(
+        subject.path.stem,
+        subject.precision,
+        scope,
+        found,
+        groups,
+        problems(found, groups),
+        weight_rounding,
+        tuple(_notes(subject)),
+    )
 
 
 def _notes(subject: Subject) -> Iterable[str]:

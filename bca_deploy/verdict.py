@@ -80,6 +80,7 @@ class Verdict:
     """The outcome for one model; true where it passed.
 
     Attributes:
+        model: which, by the name of its file.
         precision: of the model.
         scope: ``quick`` or ``full``, or ``inputs`` for the user's own.
         results: every case under every runtime.
@@ -89,6 +90,7 @@ class Verdict:
         notes: what was left out, and why.
     """
 
+    model: str
     precision: Precision
     scope: str
     results: tuple[CaseResult, ...]
@@ -182,6 +184,7 @@ def _pooled_problems(group: Group) -> Iterable[str]:
 def report(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as JSON data, figures to four significant digits."""
     return {
+        "model": verdict.model,
         "precision": verdict.precision,
         "scope": verdict.scope,
         "passed": bool(verdict),

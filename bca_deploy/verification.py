@@ -69,7 +69,7 @@ def _verify_model(
 ) -> Verdict:
     path = bundle.path(model.file)
     _check_external_data(bundle, path)
-    progress.stage(f"parity {model.precision}")
+    progress.stage(f"parity {path.stem}")
     _run_selftest(bundle, model, path)
     manifest = bundle.manifest
     subject = Subject(path, checkpoint, manifest.interface, manifest.dims, model.precision, model.keep_io_types)

@@ -464,7 +464,7 @@ assert not {"torch", "onnx"} & set(sys.modules)
     done = run_without(tuple(name for name in HEAVY if name not in ("onnxruntime", "google")), script, exported.directory)
     assert done.returncode == 0, done.stderr
     # Three cases (no mask, padded, dead rows) of two outputs each: all right, and all wrong where perturbed by 2 %.
-    assert done.stdout.splitlines() == ["fp32 [] 6", "fp16 [] 6"]
+    assert done.stdout.splitlines() == ["fp32 [] 6", "fp16 [] 6", "fp32 [] 6"]
 
 
 def test_the_public_names_mean_the_same_whatever_was_imported() -> None:
@@ -554,6 +554,7 @@ def test_the_manifest_lists_every_file_with_its_hash(exported: Bundle) -> None:
         "expect.npz",
         "models/fp16.onnx",
         "models/fp32.onnx",
+        "models/fp32.onnxruntime-cpu.onnx",
         "parity.json",
         "selftest.npz",
         "weights.safetensors",
@@ -568,7 +569,11 @@ def test_the_manifest_says_what_was_exported(exported: Bundle) -> None:
     assert manifest.layer == make_checkpoint(prenorm=True).spec
     assert manifest.interface == Interface()
     assert manifest.dims == Dims()
-    assert [model.file for model in manifest.models] == ["models/fp32.onnx", "models/fp16.onnx"]  # as asked for
+    assert [(model.file, model.runtime) for model in manifest.models] == [
+        ("models/fp32.onnx", "portable"),  # as asked for
+        ("models/fp16.onnx", "portable"),
+        ("models/fp32.onnxruntime-cpu.onnx", "onnxruntime-cpu"),
+    ]
     assert manifest.engines == ()
     assert {"bca-deploy", "torch", "onnx", "onnxruntime"} <= set(manifest.versions)
     assert all(version[0].isdigit() for version in manifest.versions.values())
@@ -624,5 +629,6 @@ def test_another_export_of_the_same_input_is_the_same_bytes(exported: Bundle, tm
     assert [name for name in first if first[name] != again[name]] == ["build.json"]
     # A real process: nothing but the JSON on standard output, no library's noise on standard error.
     assert json.loads(done.stdout)["passed"] is True
-    stages = ["weights", "trace fp32", "parity fp32", "trace fp16", "parity fp16", "self-test"]
+    stages = ["weights", "trace fp32", "parity fp32", "trace fp16", "parity fp16"]
+    stages += ["trace fp32.onnxruntime-cpu", "parity fp32.onnxruntime-cpu", "self-test"]
     assert done.stderr.splitlines() == [f"{stage} ..." for stage in stages]

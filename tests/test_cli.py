@@ -31,6 +31,7 @@ from bca_deploy.spec import Dims, Interface
 from bca_deploy.store import staged
 from bca_deploy.verdict import Group, Verdict
 
+CPU = "fp32.onnxruntime-cpu"
 BIN = Path(sys.executable).parent
 
 
@@ -77,7 +78,7 @@ def nothing_written(directory: Path) -> Iterator[None]:
 
 def plain_verdict(failures: tuple[str, ...] = (), ratio: float = 1.0) -> Verdict:
     group = Group("no mask", "plain", "onnxruntime", 1, ratio, None, 0.0, 0.0, 0.0, 0.0, 1.0)
-    return Verdict("fp32", "quick", (), (group,), failures, 0.0)
+    return Verdict("fp32", "fp32", "quick", (), (group,), failures, 0.0)
 
 
 class Code:
@@ -469,7 +470,7 @@ def test_an_export_prints_the_parity_table_and_leaves_a_bundle(tmp_path: Path, l
     assert re.search(r"fp32: parity passed, \d\d cases \(quick\), worst RMS ratio .* \(limit 1\.5\)", result.stdout)
     assert "bundle: build/model" in result.stdout
     assert [line for line in result.stderr.splitlines() if line] == [
-        f"{stage} ..." for stage in ("weights", "trace fp32", "parity fp32", "self-test")
+        f"{stage} ..." for stage in ("weights", "trace fp32", "parity fp32", f"trace {CPU}", f"parity {CPU}", "self-test")
     ]
     assert Bundle.open(tmp_path / "build/model").manifest.models[0].parity.passed
 
@@ -480,8 +481,9 @@ def test_an_export_in_json_prints_nothing_else(layer: tuple[str, ...]) -> None:
     ended(result, 0)
     printed = json.loads(result.stdout)
     assert (printed["bundle"], printed["passed"]) == ("model.bca", True)
-    (model,) = printed["models"]
-    assert model["precision"] == "fp32"
+    model, for_cpu = printed["models"]
+    assert (model["model"], for_cpu["model"]) == ("fp32", CPU)
+    assert model["precision"] == for_cpu["precision"] == "fp32"
     assert model["cases"] >= 40
     assert model["failures"] == []
     assert {group["family"] for group in model["groups"]} >= {"no mask", "padded", "dead rows"}
@@ -493,7 +495,7 @@ def test_an_export_in_json_prints_nothing_else(layer: tuple[str, ...]) -> None:
 def test_force_replaces_a_bundle_and_keeps_the_users_files(copy: Path, layer: tuple[str, ...]) -> None:
     (copy / "notes.txt").write_text("mine")
     ended(bca_export(*layer, "--out", copy, "--force"), 0)
-    assert [model.file for model in Bundle.open(copy).manifest.models] == ["models/fp32.onnx"]
+    assert [model.file for model in Bundle.open(copy).manifest.models] == ["models/fp32.onnx", f"models/{CPU}.onnx"]
     assert not (copy / "models/fp16.onnx").exists()
     assert (copy / "notes.txt").read_text() == "mine"
 
@@ -523,8 +525,7 @@ def test_keep_failed_leaves_what_failed_to_look_at(monkeypatch: pytest.MonkeyPat
         result = bca_export("--checkpoint", samples / "retrained.safetensors", "--heads", "3", "--keep-failed", "--out", "m")
         ended(result, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["m.failed"]
-    (model,) = Bundle.open("m.failed").manifest.models
-    assert model.parity.passed is False
+    assert [model.parity.passed for model in Bundle.open("m.failed").manifest.models] == [False, False]
     report = json.loads((tmp_path / "m.failed/parity.json").read_text())
     assert report["models"][0]["failures"]
     result = bca("inspect", "m.failed")
@@ -539,7 +540,7 @@ def test_what_failed_without_bound_can_be_looked_at(
 ) -> None:
     # Where PyTorch eager makes no error at all, the ratio to it is infinite.
     monkeypatch.setattr(pipeline, "judge", lambda *args: plain_verdict(("it is wrong",), float("inf")))
-    refused(bca_export(*layer, "--keep-failed", "--out", "m"), r"\(1 failures\):\n  it is wrong", code=1)
+    refused(bca_export(*layer, "--keep-failed", "--out", "m"), r"\(2 failures\):\n  it is wrong", code=1)
     assert Bundle.open("m.failed").manifest.models[0].parity.passed is False
 
 
@@ -685,7 +686,7 @@ def test_verify_holds_an_archive_to_ones_own_inputs_in_json(exported: Bundle, tm
     ended(result, 0)
     printed = json.loads(result.stdout)
     assert printed["passed"] is True
-    assert [model["precision"] for model in printed["models"]] == ["fp32", "fp16"]
+    assert [model["model"] for model in printed["models"]] == ["fp32", "fp16", CPU]
     for model in printed["models"]:
         own = [group for group in model["groups"] if group["family"] == "own inputs" and group["runtime"] == "onnxruntime"]
         assert [group["cases"] for group in own] == [3]  # these two, and the sample that the export stored
@@ -732,13 +733,13 @@ def test_failed_parity_is_printed_and_exits_1(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_failed_parity_in_json_exits_1_too(monkeypatch: pytest.MonkeyPatch, exported: Bundle) -> None:
-    verdicts = iter([plain_verdict(), plain_verdict(("it is wrong",), float("inf"))])
+    verdicts = iter([plain_verdict(), plain_verdict(("it is wrong",), float("inf")), plain_verdict()])
     monkeypatch.setattr(verification, "judge", lambda *args: next(verdicts))
     result = bca("verify", exported.directory, "--json")
     ended(result, 1)
     printed = json.loads(result.stdout, parse_constant=pytest.fail)  # Infinity and NaN are no JSON
     assert printed["passed"] is False
-    assert [model["passed"] for model in printed["models"]] == [True, False]
+    assert [model["passed"] for model in printed["models"]] == [True, False, True]
     assert printed["models"][1]["failures"] == ["it is wrong"]
 
 

@@ -150,7 +150,17 @@ def test_failed_parity_leaves_no_bundle_unless_asked_to(tmp_path: Path, monkeypa
 
 
 def test_the_public_surface_is_what_the_readme_says() -> None:
-    assert bca_deploy.__all__ == ["BcaError", "Bundle", "__version__", "build", "export", "refit", "verify"]
+    assert bca_deploy.__all__ == [
+        "BcaError",
+        "Bundle",
+        "Session",
+        "__version__",
+        "build",
+        "export",
+        "open",
+        "refit",
+        "verify",
+    ]
     assert all(getattr(bca_deploy, name) for name in bca_deploy.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'open_bundle'"):
         bca_deploy.open_bundle  # noqa: B018
@@ -158,7 +168,7 @@ def test_the_public_surface_is_what_the_readme_says() -> None:
 
 def test_verify_runs_the_self_test_and_the_matrix_again(exported: Bundle) -> None:
     verdicts = bca_deploy.verify(exported, scope="quick")
-    assert [v.precision for v in verdicts] == ["fp32", "fp16"]
+    assert [v.model for v in verdicts] == ["fp32", "fp16", "fp32.onnxruntime-cpu"]
     assert all(verdicts)
     assert all(v.cases >= 40 for v in verdicts)
 
