@@ -8,7 +8,6 @@ register: MXCSR at byte 28 on x86-64 (Intel SDM volume 1, 10.2.3: FTZ is bit 15,
 
 import ctypes
 import platform
-import struct
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,39 +15,40 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _REGISTERS = {"x86_64": (28, 1 << 15 | 1 << 6), "aarch64": (0, 1 << 24)}
-_FENV_BYTES = 64  # more than any fenv_t
+_OFFSET, _BITS = _REGISTERS.get(platform.machine(), (0, 0))
 
 
-class Flushed:
-    """A context manager: denormals are zero inside, on this thread. Does nothing on other processors. Not shared by threads."""
-
-    __slots__ = ("_saved",)
-
-    def __init__(self) -> None:
-        self._saved = ctypes.create_string_buffer(_FENV_BYTES)
-
-    def __enter__(self) -> None:
-        if _LIBM is not None:
-            _LIBM.fegetenv(self._saved)
-            changed = ctypes.create_string_buffer(self._saved.raw, _FENV_BYTES)
-            (mode,) = struct.unpack_from("=I", changed, _OFFSET)
-            struct.pack_into("=I", changed, _OFFSET, mode | _BITS)
-            _LIBM.fesetenv(changed)
-
-    def __exit__(self, *_: object) -> None:
-        if _LIBM is not None:
-            _LIBM.fesetenv(self._saved)
+class _Fenv(ctypes.Structure):
+    _fields_ = (("before", ctypes.c_ubyte * _OFFSET), ("mode", ctypes.c_uint32), ("after", ctypes.c_ubyte * 32))
 
 
 def _load() -> ctypes.CDLL | None:
-    if platform.system() != "Linux" or platform.machine() not in _REGISTERS:
+    if platform.system() != "Linux" or not _BITS:
         return None
     library = ctypes.CDLL("libm.so.6")
     return library if hasattr(library, "fegetenv") else None
 
 
 _LIBM = _load()
-_OFFSET, _BITS = _REGISTERS.get(platform.machine(), (0, 0))
+
+
+class Flushed:
+    """A context manager: denormals are zero inside, on this thread. Does nothing on other processors. For one use."""
+
+    __slots__ = ("_fenv", "_mode")
+
+    def __enter__(self) -> None:
+        if _LIBM is not None:
+            self._fenv = _Fenv()
+            _LIBM.fegetenv(ctypes.byref(self._fenv))
+            self._mode = self._fenv.mode
+            self._fenv.mode = self._mode | _BITS
+            _LIBM.fesetenv(ctypes.byref(self._fenv))
+
+    def __exit__(self, *_: object) -> None:
+        if _LIBM is not None:
+            self._fenv.mode = self._mode
+            _LIBM.fesetenv(ctypes.byref(self._fenv))
 
 
 def on_own_thread(make: Callable[[], T]) -> T:

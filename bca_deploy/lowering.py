@@ -271,9 +271,9 @@ def _mean(v: Tensor) -> Tensor:
 class _CpuAttention(_Attention):
     """For onnxruntime on CPU: its MultiHeadAttention, which never forms an attention map unless it is given a mask.
 
-    So the masks travel inside the heads, as two more features: ``[q, 1, b]`` times ``[k, c, 1]`` is ``q k + b + c``, where
-    ``b`` and ``c`` are 0 at live positions and far below every logit at dead ones. Of a softmax over keys, the queries' own
-    term drops out. One tensor for each side then serves both directions. Activations are ``[batch, length, features]``.
+    So the masks travel inside the heads, as one more feature: ``[q, 1]`` times ``[k, b]`` is ``q k + b``, where ``b`` is 0 at
+    live keys and far below every logit at dead ones. A dead query is zero, feature and all: its logits are all 0, and it gets
+    the mean over all keys without a select. Activations are ``[batch, length, features]``.
     """
 
     sequence_first = False
@@ -283,22 +283,16 @@ class _CpuAttention(_Attention):
         qk, context_qk = self.to_qk(x), self.context_to_qk(context)
         v, context_v = self.to_v(x), self.context_to_v(context)
         mask, context_mask, _ = extras
-        if mask is not None or context_mask is not None:
-            qk = self._extend(qk, [_ones(qk), _depth_below(qk, mask)])
-            context_qk = self._extend(context_qk, [_depth_below(context_qk, context_mask), _ones(context_qk)])
-        out = self._attend(qk, context_qk, context_v, _live_rows(mask, context_mask))
-        context_out = self._attend(context_qk, qk, v, _live_rows(context_mask, mask))
+        out = self._one_way(qk, context_qk, context_v, _live_rows(mask, context_mask), context_mask)
+        context_out = self._one_way(context_qk, qk, v, _live_rows(context_mask, mask), mask)
         return self.to_out(out), self.context_to_out(context_out)
 
-    def _extend(self, t: Tensor, features: list[Tensor]) -> Tensor:
-        """Add features ``[B, N, 1]`` to every head of ``t``, and zeros up to a multiple of 16: odd sizes are slow."""
-        batch, length, width = t.shape
-        size = width // self.heads
-        zeros = t.new_zeros(1, 1, 1).expand(batch, length, -(size + len(features)) % 16)
-        more = torch.cat([*features, zeros], -1)[:, :, None].expand(-1, -1, self.heads, -1)
-        return torch.cat([t.reshape(batch, length, self.heads, size), more], -1).flatten(-2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> Tensor:
+    def _one_way(self, q: Tensor, k: Tensor, v: Tensor, live: Tensor | None, keys: Tensor | None) -> Tensor:
+        if live is not None:
+            rows = live[:, 0].float()  # [B, N or 1, 1]
+            ones = rows.expand(-1, q.shape[1], -1)
+            depths = torch.zeros_like(k[:, :, :1]) if keys is None else torch.where(keys[:, :, None], 0.0, _FAR_BELOW)
+            q, k = self._extend(q * rows, ones), self._extend(k, depths)
         attended: Tensor = torch.onnx.ops.symbolic(
             "com.microsoft::MultiHeadAttention",
             (q, k, v),
@@ -307,17 +301,19 @@ class _CpuAttention(_Attention):
             shape=(q.shape[0], q.shape[1], v.shape[2]),
             version=1,
         )
-        mean = v.sum(1, keepdim=True) / v.shape[1]
-        return attended if live is None else torch.where(live[:, 0], attended, mean)
+        return attended
+
+    def _extend(self, t: Tensor, feature: Tensor) -> Tensor:
+        """Add a feature ``[B, N, 1]`` to every head of ``t``, and zeros up to a multiple of 16: odd sizes are slow."""
+        batch, length, width = t.shape
+        size = width // self.heads
+        zeros = t.new_zeros(1, 1, 1).expand(batch, length, -(size + 1) % 16)
+        more = torch.cat([feature, zeros], -1)[:, :, None].expand(-1, -1, self.heads, -1)
+        return torch.cat([t.reshape(batch, length, self.heads, size), more], -1).flatten(-2)
 
 
-def _ones(t: Tensor) -> Tensor:
-    return torch.ones_like(t[:, :, :1])
-
-
-def _depth_below(t: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ``[B, N, 1]``: 0 where live; where dead far below every logit, and still finite beside one of them."""
-    return torch.zeros_like(t[:, :, :1]) if mask is None else torch.where(mask[:, :, None], 0.0, -1e30)
+#: Below every logit by far, and still finite beside one of them.
+_FAR_BELOW = -1e30
 
 
 class _Block(nn.ModuleList):

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: Pairs with more rows than this keep all threads busy by themselves. Side by side against one after another, onnxruntime 1.32
+#: on 2 cores, dims 512/386: 1.17x at 2 x 128 rows, 1.13x at 2 x 256, 1.01x at 2 x 512.
+ALONE_ROWS = 768
+
 #: Of all rows of a batch, at most this share is padding.
 PADDING = 0.25
 
@@ -24,6 +28,11 @@ class Size:
     x_len: int
     context_len: int
     width: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of both sequences."""
+        return self.batch * (self.x_len + self.context_len)
 
     @property
     def cost(self) -> float:
@@ -59,8 +68,8 @@ def _fits(group: list[Size], largest_batch: int) -> bool:
 def schedule(sizes: Sequence[Size], workers: int) -> tuple[list[int], list[int]]:
     """Say which requests to run one after another on all threads, and which side by side on one thread each.
 
-    Side by side is the more efficient, as long as the workers end together. So the largest requests are taken out, to be run
-    on all threads, until the rest can be dealt out evenly (within a tenth; longest first, Graham's rule).
+    Side by side is the more efficient for small requests, as long as the workers end together. So the largest are taken out,
+    to be run on all threads, until the rest can be dealt out evenly (within a tenth; longest first, Graham's rule).
 
     Args:
         sizes: of the requests.
@@ -71,7 +80,7 @@ def schedule(sizes: Sequence[Size], workers: int) -> tuple[list[int], list[int]]
     """
     rest = sorted(sizes, key=lambda size: -size.cost)
     together: list[int] = []
-    while rest and not _even([size.cost for size in rest], workers):
+    while rest and (rest[0].rows > ALONE_ROWS or not _even([size.cost for size in rest], workers)):
         together.append(rest.pop(0).index)
     return together, [size.index for size in rest]
 

@@ -1,10 +1,12 @@
 """Open a bundle and run it, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,14 +104,15 @@ class Session:
             InputError: what is wrong with which input, and the way out.
             BcaError: the session is closed.
         """
-        outputs = self.run(self._contract.bind(args, named), cast=cast)
-        return tuple(outputs[name] for name in self._names)
+        given = self._contract.bind(args, named)
+        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
+        return tuple([back(outputs[name]) for name in self._names])
 
     def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
         """Return the outputs by name; arguments and errors as for calling the session."""
-        ready = self._ready(inputs, cast)
-        back = tensors.back(tuple(inputs.values()))
-        return {name: back(array) for name, array in self._timed(self._backend.run, ready).items()}
+        given = self._contract.bind((), inputs)
+        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
+        return {name: back(outputs[name]) for name in self._names}
 
     def run_into(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, cast: bool = False) -> None:
         """Run the model and write into the caller's arrays, which may be used again.
@@ -122,7 +125,7 @@ class Session:
         Raises:
             InputError: an input or output that does not fit.
         """
-        ready = self._ready(inputs, cast)
+        ready = self._ready(self._contract.bind((), inputs), cast)
         targets = {name: tensors.as_array(name, array) for name, array in outputs.items()}
         self._check_outputs(ready, targets)
         contiguous = {name: np.ascontiguousarray(array) for name, array in ready.items()}
@@ -152,7 +155,7 @@ class Session:
         outputs = self._padded(ready) if pads else self._side_by_side(ready)
         return [
             tuple(back(outputs[index][name]) for name in self._names)
-            for index, back in enumerate(tensors.back(tuple(pair)) for pair in given)
+            for index, back in enumerate(tensors.back(pair) for pair in given)
         ]
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
@@ -212,10 +215,10 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _ready(self, inputs: Mapping[str, Any], cast: bool) -> dict[str, Array]:
+    def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, Array]:
         if self._closed:
             raise BcaError("the session is closed; open the bundle again")
-        arrays = {name: tensors.as_array(name, value) for name, value in self._contract.bind((), inputs).items()}
+        arrays = {name: tensors.as_array(name, value) for name, value in given.items()}
         return self._contract.check(arrays, cast)
 
     def _ready_pair(self, index: int, pair: Pair, cast: bool) -> dict[str, Array]:
@@ -259,8 +262,23 @@ class Session:
     def _side_by_side(self, ready: list[dict[str, Array]]) -> list[dict[str, Array]]:
         together, alone = many.schedule(self._sizes(ready), self._workers)
         outputs: dict[int, dict[str, Array]] = {i: self._timed(self._backend.run, ready[i]) for i in together}
-        results = self._executor().map(lambda i: self._timed(self._backend.run_alone, ready[i]), alone)
-        outputs.update(zip(alone, results, strict=True))
+        waiting = deque(alone)
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):  # nothing is waiting any more
+                while True:
+                    index = waiting.popleft()
+                    outputs[index] = self._timed(self._backend.run_alone, ready[index])
+
+        # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
+        helpers = [self._executor().submit(work) for _ in range(min(self._workers, len(alone)) - 1)]
+        try:
+            work()
+        finally:
+            waiting.clear()  # where one request fails, nobody begins another
+            errors = [error for helper in helpers if (error := helper.exception())]
+        if errors:
+            raise errors[0]
         return [outputs[index] for index in range(len(ready))]
 
     def _padded(self, ready: list[dict[str, Array]]) -> list[dict[str, Array]]:

@@ -1,7 +1,7 @@
 """Arrays in and out: numpy, torch, and whatever speaks DLPack. Nothing is copied where it lies on the CPU already."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def _from_dlpack(name: str, value: Any) -> Array:
     return array
 
 
-def back(values: tuple[Any, ...]) -> Back:
+def back(values: Iterable[Any]) -> Back:
     """Return what turns results into the kind of array that came in: torch where any input was torch, else numpy."""
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(value, torch.Tensor) for value in values):

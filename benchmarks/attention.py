@@ -1,15 +1,18 @@
-"""Time the masked layer side by side: PyTorch eager, its fused attention, the literal graph and the bundle's model.
+"""Time the masked layer side by side: PyTorch eager, its fused attention, the literal graph, the models, the session.
 
 python benchmarks/attention.py [--shapes 1x64x64 1x512x512 1x2048x2048] [--threads 2] [--json FILE]
 
 One process per contender and shape, in turn, so that no thread pool disturbs another. Prints median milliseconds, and the
-ratio to the bundle's model; writes the same as JSON.
+ratio to the session; writes the same as JSON, with each process's peak memory. ``sdpa`` is PyTorch's own fused attention made
+right at dead rows, ``sdpa+compile`` the same through torch.compile, ``literal`` the reference lowering, ``portable`` and
+``cpu`` the two graphs of a bundle on bare onnxruntime, and ``session`` what `bca_deploy.open` gives.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = ROOT / "build" / "bench"
-CONTENDERS = ("eager", "sdpa", "literal", "bundle", "literal+ftz", "bundle+ftz")
+CONTENDERS = ("eager", "sdpa", "sdpa+compile", "literal", "portable", "cpu", "session")
 DIM, CONTEXT_DIM = 512, 386
 
 
@@ -36,7 +39,7 @@ def inputs(batch: int, x_len: int, context_len: int) -> dict[str, np.ndarray]:
     return {"x": x, "context": context, "mask": mask(x_len), "context_mask": mask(context_len)}
 
 
-def torch_contender(fused: bool, threads: int, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+def torch_contender(name: str, threads: int, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
     import torch
 
     from bca_deploy.checkpoint import from_state
@@ -45,7 +48,9 @@ def torch_contender(fused: bool, threads: int, feeds: dict[str, np.ndarray]) -> 
     torch.set_num_threads(threads)
     layer = from_state(read_checkpoint(BUNDLES / "fused" / "weights.safetensors"), heads=8).module(torch.float32)
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    run = sdpa_form(layer) if fused else layer
+    run = sdpa_form(layer) if name.startswith("sdpa") else layer
+    if name.endswith("+compile"):
+        run = torch.compile(run)
     return lambda: run_without_grad(run, tensors)
 
 
@@ -87,19 +92,29 @@ def ort_contender(name: str, threads: int, feeds: dict[str, np.ndarray]) -> Call
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    if name.endswith("+ftz"):
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    lowering = "reference" if name.startswith("literal") else "fused"
-    session = ort.InferenceSession(
-        str(BUNDLES / lowering / "models" / "fp32.onnx"), options, providers=["CPUExecutionProvider"]
-    )
+    files = {"literal": "reference/models/fp32.onnx", "portable": "fused/models/fp32.onnx"}
+    path = BUNDLES / files.get(name, "fused/models/fp32.onnxruntime-cpu.onnx")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(["out", "context_out"], feeds)
+
+
+def session_contender(threads: int, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    import bca_deploy
+
+    session = bca_deploy.open(BUNDLES / "fused", threads=threads)
+    return lambda: session(**feeds)
+
+
+def contend(name: str, threads: int, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    if name == "session":
+        return session_contender(threads, feeds)
+    torch_made = name == "eager" or name.startswith("sdpa")
+    return torch_contender(name, threads, feeds) if torch_made else ort_contender(name, threads, feeds)
 
 
 def measure(contender: str, shape: tuple[int, int, int], threads: int) -> dict[str, object]:
     feeds = inputs(*shape)
-    in_torch = contender in ("eager", "sdpa")
-    run = torch_contender(contender == "sdpa", threads, feeds) if in_torch else ort_contender(contender, threads, feeds)
+    run = contend(contender, threads, feeds)
     for _ in range(3):
         run()
     times_ms, start = [], time.perf_counter()
@@ -112,6 +127,7 @@ def measure(contender: str, shape: tuple[int, int, int], threads: int) -> dict[s
         "shape": "x".join(map(str, shape)),
         "median_ms": statistics.median(times_ms),
         "runs": len(times_ms),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
 
@@ -132,7 +148,9 @@ def in_own_process(contender: str, shape: str, threads: int) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["1x64x64", "1x512x512", "1x2048x2048"])
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1x64x64", "1x512x512", "1x2048x2048", "8x64x64", "8x512x512", "8x2048x2048"]
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--contender", choices=CONTENDERS, help="measure this one here and print JSON")
     parser.add_argument("--json", type=Path)
@@ -144,10 +162,10 @@ def main() -> None:
     make_bundles()
     results = [in_own_process(name, shape, options.threads) for shape in options.shapes for name in CONTENDERS]
     print(f"{platform.machine()}, {options.threads} threads, fp32, dims {DIM}/{CONTEXT_DIM}, 8 heads, masks; median ms")
-    print(f"{'shape':>14} " + " ".join(f"{name:>22}" for name in CONTENDERS) + "   (ms, and times the bundle's)")
+    print(f"{'shape':>14} " + " ".join(f"{name:>22}" for name in CONTENDERS) + "   (ms, and times the session's)")
     for shape in options.shapes:
         row = {r["contender"]: r["median_ms"] for r in results if r["shape"] == shape}
-        print(f"{shape:>14} " + " ".join(f"{row[name]:>14.2f} ({row[name] / row['bundle']:.2f}x)" for name in CONTENDERS))
+        print(f"{shape:>14} " + " ".join(f"{row[name]:>14.2f} ({row[name] / row['session']:.2f}x)" for name in CONTENDERS))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -48,5 +48,9 @@ def test_one_large_pair_among_small_ones_gets_all_threads() -> None:
 
 
 def test_three_equal_pairs_on_two_workers_are_one_together_and_two_alone() -> None:
-    together, alone = schedule(sizes_of([(1, 512, 512)] * 3), 2)
+    together, alone = schedule(sizes_of([(1, 256, 256)] * 3), 2)
     assert (len(together), len(alone)) == (1, 2)
+
+
+def test_pairs_that_keep_every_thread_busy_run_one_after_another() -> None:
+    assert schedule(sizes_of([(1, 512, 512)] * 4), 2) == ([0, 1, 2, 3], [])

@@ -372,3 +372,20 @@ def test_bca_run_refuses_with_exit_code_2(exported: Bundle, arguments: tuple[str
     done = bca("run", exported.directory, *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [tuple(make(1, 4, 4, seed=n).values()) for n in range(12)]
+    with bca_deploy.open(exported.directory, threads=2) as session:
+        run, calls = session._backend.run_alone, iter(range(100))
+
+        def fifth_fails(inputs: Any) -> Any:
+            if next(calls) == 5:
+                raise RuntimeError("the fifth")
+            return run(inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session._backend, "run_alone", fifth_fails)
+            with pytest.raises(RuntimeError, match="the fifth"):
+                session.run_many(pairs)
+        assert len(session.run_many(pairs)) == 12
