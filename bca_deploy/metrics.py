@@ -5,6 +5,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
+from bca_deploy.errors import missing
+
 #: Upper bounds of the latency histogram in milliseconds, a factor of about two apart; the last bucket is open.
 BOUNDS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 
@@ -68,9 +70,12 @@ def prometheus_collector(session: Any, labels: dict[str, str] | None = None) -> 
     """Return a collector for prometheus_client's registry: ``registry.register(prometheus_collector(session))``.
 
     Raises:
-        ModuleNotFoundError: prometheus_client is not installed.
+        MissingDependencyError: prometheus_client is not installed.
     """
-    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+    try:
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+    except ImportError:
+        raise missing("prometheus_client", "metrics") from None
 
     names, values = list(labels or {}), list((labels or {}).values())
 
@@ -78,15 +83,15 @@ def prometheus_collector(session: Any, labels: dict[str, str] | None = None) -> 
         def collect(self) -> Any:
             found = session.metrics()
             for name in ("calls", "failures", "pairs", "rows", "padded_rows"):
-                family = CounterMetricFamily(f"bca_session_{name}", f"{name} of a bca_deploy session", labels=names)
-                family.add_metric(values, getattr(found, name))
-                yield family
+                counter = CounterMetricFamily(f"bca_session_{name}", f"{name} of a bca_deploy session", labels=names)
+                counter.add_metric(values, getattr(found, name))
+                yield counter
             total, buckets = 0, []
             for bound, count in zip((*(b / 1e3 for b in BOUNDS_MS), "+Inf"), found.histogram, strict=True):
                 total += count
                 buckets.append((str(bound), total))
-            family = HistogramMetricFamily("bca_session_seconds", "seconds of a call", labels=names)
-            family.add_metric(values, buckets, found.seconds)
-            yield family
+            histogram = HistogramMetricFamily("bca_session_seconds", "seconds of a call", labels=names)
+            histogram.add_metric(values, buckets, found.seconds)
+            yield histogram
 
     return Collector()

@@ -56,7 +56,7 @@ def run(session: Session, inputs: dict[str, Array], out: Path, cast: bool, force
         raise InputError(f"{out} exists; use --force to replace it, or choose another --output")
     outputs = session.run({name: array for name, array in inputs.items() if name not in known}, cast=cast)
     with _replacing(out) as partial:
-        np.savez(partial, **outputs)  # type: ignore[arg-type]
+        np.savez(partial, **outputs)
     return outputs
 
 

@@ -389,3 +389,20 @@ def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bun
             with pytest.raises(RuntimeError, match="the fifth"):
                 session.run_many(pairs)
         assert len(session.run_many(pairs)) == 12
+
+
+def test_a_prometheus_registry_reads_the_metrics(exported: Bundle) -> None:
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from bca_deploy.metrics import prometheus_collector
+
+    with bca_deploy.open(exported.directory) as session:
+        registry = CollectorRegistry()
+        registry.register(prometheus_collector(session, {"model": "m"}))
+        session(**make(2, 3, 4))
+        session(**make(1, 3, 4))
+        text = generate_latest(registry).decode()
+    assert 'bca_session_calls_total{model="m"} 2.0' in text
+    assert 'bca_session_pairs_total{model="m"} 3.0' in text
+    assert 'bca_session_rows_total{model="m"} 21.0' in text
+    assert 'bca_session_seconds_bucket{le="+Inf",model="m"} 2.0' in text
