@@ -24,7 +24,7 @@ def measure(path: Path) -> list[str]:
     subprocess.run([*command, "--out", str(out), "--force"], check=True, stdout=subprocess.DEVNULL)
     with Bundle.open(out) as bundle:
         return [
-            f"| {path.stem} | {m.precision} | {m.opset} | {m.lowering} | {m.nodes} "
+            f"| {path.stem} | {Path(m.file).stem} | {m.opset} | {m.lowering} | {m.nodes} "
             f"| {bundle.manifest.files[m.file].bytes // 1000} | {m.parity.cases} "
             f"| {m.parity.worst_ratio:.3f} |"
             for m in bundle.manifest.models
