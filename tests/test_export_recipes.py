@@ -17,7 +17,7 @@ def test_the_recipe_exports_and_passes_parity(path: Path, tmp_path: Path) -> Non
     recipe = read_recipe(path)
     checkpoint = pipeline.load_checkpoint(recipe, None, None)
     verdicts = pipeline.run(pipeline.make_plan(recipe, checkpoint, tmp_path / "m"), pipeline.Silent())
-    assert [verdict.precision for verdict in verdicts] == list(recipe.precision)
+    assert [verdict.model for verdict in verdicts if "." not in verdict.model] == list(recipe.precision)
     with Bundle.open(tmp_path / "m") as bundle:
         assert all(model.parity.passed and model.parity.cases >= 40 for model in bundle.manifest.models)
         assert {t.name for t in bundle.manifest.models[0].inputs} == set(recipe.interface.inputs(checkpoint.spec))

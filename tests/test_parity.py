@@ -122,14 +122,12 @@ def test_a_bias_that_is_not_transposed_fails(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_scale_applied_twice_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
-    made = lowering._attention
+    class ScaledTwice(lowering._FusedAttention):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            self.scale **= 2
 
-    def scaled_twice(*args: object) -> lowering._Attention:
-        layer = made(*args)  # type: ignore[arg-type]
-        layer.scale **= 2
-        return layer
-
-    monkeypatch.setattr(lowering, "_attention", scaled_twice)
+    monkeypatch.setitem(lowering._KINDS, "fused", ScaledTwice)
     assert wrong_values(judge(subject_of(tmp_path, precision=precision), "quick"))
 
 
@@ -258,3 +256,22 @@ def test_rounding_the_weights_is_reported_apart(exported: Bundle) -> None:
         results[precision] = judge(subject, "quick")
     assert results["fp32"].weight_rounding == 0
     assert 1e-5 < results["fp16"].weight_rounding < 1e-2
+
+
+@pytest.mark.slow
+def test_defects_planted_in_the_graph_for_the_cpu_fail_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead query that keeps its values, and a fill that is not far enough below."""
+    checkpoint = make_checkpoint(prenorm=True)
+
+    def subject(name: str) -> Subject:
+        lowered = lower(checkpoint, "fused", runtime="onnxruntime-cpu")
+        model = trace(lowered, checkpoint.spec, Interface(), 17, runtime="onnxruntime-cpu")
+        write(model, tmp_path / name)
+        return Subject(tmp_path / name, checkpoint, Interface(), Dims(), "fp32", True)
+
+    assert judge(subject("right.onnx"), "quick")
+    with monkeypatch.context() as patch:
+        patch.setattr(lowering, "_FAR_BELOW", -10000.0)
+        assert wrong_values(judge(subject("fill.onnx"), "quick"))
+    monkeypatch.setattr(lowering, "_live_rows", lambda own, other: torch.ones_like(own)[:, None, :, None])
+    assert wrong_values(judge(subject("dead.onnx"), "quick"))
