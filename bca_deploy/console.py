@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +33,14 @@ _err = Console(stderr=True, highlight=False, markup=False)
 class _Bar:
     """Draws the stages on standard error: a live bar on a terminal, a line per stage elsewhere."""
 
-    def __init__(self, bar: Progress) -> None:
+    def __init__(self, bar: Progress, interrupts: list[int]) -> None:
         self.bar = bar
+        self.interrupts = interrupts
         self.task: TaskID | None = None
 
     def stage(self, name: str) -> None:
+        if self.interrupts:
+            raise KeyboardInterrupt
         if not _err.is_terminal:
             _err.print(f"{name} ...")
         if self.task is not None:
@@ -51,8 +56,27 @@ class _Bar:
 def progress() -> Iterator[_Bar]:
     """Show progress while the block runs."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
-        yield _Bar(bar)
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar, _interrupts() as seen:
+        yield _Bar(bar, seen)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Keep each ctrl-C: raised in a destructor or a callback of a library, a KeyboardInterrupt is lost."""
+    seen: list[int] = []
+
+    def keep(signum: int, frame: object) -> None:
+        seen.append(signum)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield seen
+        return
+    before = signal.signal(signal.SIGINT, keep)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from bca_deploy.manifest import ModelEntry
 Array = NDArray[Any]
 
 
-def load() -> Any:
+def onnxruntime() -> Any:
     """Return the onnxruntime module.
 
     Raises:
@@ -31,7 +31,7 @@ def load() -> Any:
 
 def providers() -> list[str]:
     """Return the execution providers of the installed onnxruntime."""
-    found: list[str] = load().get_available_providers()
+    found: list[str] = onnxruntime().get_available_providers()
     return found
 
 
@@ -48,10 +48,10 @@ class OrtBackend:
         self._session = self._open(options.threads)
         self._alone: Any = None
         self._lock = threading.Lock()
-        self.what = f"{model.file} on onnxruntime {load().__version__}"
+        self.what = f"{model.file} on onnxruntime {onnxruntime().__version__}"
 
     def _open(self, threads: int | None) -> Any:
-        ort = load()
+        ort = onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3

@@ -34,10 +34,10 @@ from bca_deploy.manifest import (
     TensorEntry,
 )
 from bca_deploy.onnx_graph import attach, check_opset, trace, write
+from bca_deploy.ort_backend import onnxruntime
 from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.recipe import InputsTable, LayerTable, OutputsTable, Recipe, read_recipe
-from bca_deploy.runners import onnxruntime
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, LayerSpec, Lowering, Precision, Runtime
 from bca_deploy.store import check_target, seal, staged, write_build, write_json
 from bca_deploy.verdict import Verdict, report, significant

@@ -1,7 +1,6 @@
 """What parity runs a model file on: onnxruntime on CPU, and the strict evaluator."""
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bca_deploy.cases import NUMPY_DTYPES
-from bca_deploy.errors import ExportError, missing
+from bca_deploy.errors import ExportError
 from bca_deploy.evaluator import strict_runner
+from bca_deploy.ort_backend import onnxruntime
 from bca_deploy.spec import Precision
 
 Array = NDArray[Any]
 #: From inputs to outputs, both by name.
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
-
-
-def onnxruntime() -> Any:
-    """Return the onnxruntime module.
-
-    Raises:
-        MissingDependencyError: it is not installed; the message holds the pip command.
-    """
-    try:
-        return import_module("onnxruntime")
-    except ImportError:
-        raise missing("onnxruntime", "cpu") from None
 
 
 def ort_runner(path: Path) -> Runner:

@@ -1,5 +1,6 @@
 """The command line: what it refuses and how it says so, what it prints, its exit codes, and that it leaves nothing behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from test_bundle import HEAVY, run_without
 from typer.testing import CliRunner, Result
 
-from bca_deploy import expect, pipeline, verification
+from bca_deploy import console, expect, pipeline, verification
 from bca_deploy.bundle import Bundle, sha256
 from bca_deploy.cli import app, export_app
 from bca_deploy.spec import Dims, Interface
@@ -613,6 +614,20 @@ def test_control_c_in_a_real_export_exits_130_and_leaves_nothing(tmp_path: Path,
     assert contents(tmp_path) == {}
     assert seen == ["weights ...\n", "trace fp32 ...\n"]
     assert (process.returncode, out, err) == (130, "", "error: interrupted; nothing was left behind\n")
+
+
+def test_control_c_that_a_destructor_swallows_ends_the_work_at_the_next_stage() -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), console.progress() as progress:  # noqa: PT012  (the second stage is the point)
+        progress.stage("trace")
+        Swallows()
+        progress.stage("parity")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ---- absent packages
