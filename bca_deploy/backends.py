@@ -114,10 +114,10 @@ def choose(bundle: Bundle, name: str, options: Options) -> tuple[Backend, Explan
 def _engine(library: Literal["tensorrt", "rtx"]) -> Callable[[Bundle, Options], Backend]:
     def open_engine(bundle: Bundle, options: Options) -> Backend:
         if not any(entry.library == library for entry in bundle.manifest.engines):
-            where = bundle.directory
-            raise EngineError(f"the bundle has no {library} engine; build one: bca build {where} --engine {library}")
-        gpus = query()
-        raise EngineError(f"no GPU: {gpus.why_none}" if not gpus.found else "not in this version")
+            raise EngineError(f"the bundle has no {library} engine; build one: bca build {bundle.source} --engine {library}")
+        if not (gpus := query()).found:
+            raise EngineError(f"no GPU: {gpus.why_none}")
+        raise EngineError("this version builds engines and does not run them; use backend='onnxruntime-cuda'")
 
     return open_engine
 

@@ -15,7 +15,7 @@ from bca_deploy.bundle import Bundle
 from bca_deploy.engine import Built, compile_engine
 from bca_deploy.errors import EngineError, InputError, ParityError
 from bca_deploy.gpus import query
-from bca_deploy.manifest import DType, EngineEntry, GpuEntry, Manifest, ModelEntry, TensorEntry
+from bca_deploy.manifest import DTYPE_OF, DType, EngineEntry, GpuEntry, Manifest, ModelEntry, TensorEntry
 from bca_deploy.profiles import is_static, resolve, shapes
 from bca_deploy.progress import Clock
 from bca_deploy.recipe import EngineTable, ProfileTable
@@ -24,7 +24,6 @@ from bca_deploy.store import seal, write_build
 
 #: TensorRT's names of element types, as in ONNX and numpy.
 DTYPES: dict[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-_OF_PRECISION: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -202,7 +201,7 @@ def _by_dtype(counts: Mapping[str, int]) -> dict[str, int]:
 def _check_precision(entry: EngineEntry, model: ModelEntry) -> None:
     """Refuse an engine whose products are not all in the precision asked for, or whose edges differ from the model's."""
     edges = [tensor.dtype for tensor in (*entry.inputs, *entry.outputs)]
-    if set(entry.matmuls) != {_OF_PRECISION[entry.precision]} or edges != [t.dtype for t in (*model.inputs, *model.outputs)]:
+    if set(entry.matmuls) != {DTYPE_OF[entry.precision]} or edges != [t.dtype for t in (*model.inputs, *model.outputs)]:
         raise EngineError(
             f"{entry.precision} was asked for, but the network multiplies in {entry.matmuls} and has the edges {edges}; "
             "please report this"

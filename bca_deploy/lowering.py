@@ -9,7 +9,7 @@ computes two ordinary attentions and selects the mean for dead rows afterwards.
 
 Inside, activations are ``[length, batch, features]``: batch and heads then lie side by side in memory, and NVIDIA's attention
 kernel reads the projections where they are instead of copying each into head order (TensorRT-RTX 1.7.1: 121 MB of scratch
-memory instead of 147, at 8x2048x2048). On the CPU it makes no difference (within 3 %).
+memory instead of 147, at 8x2048x2048). On the CPU it makes little difference (within 4 %).
 """
 
 from typing import NamedTuple

@@ -17,6 +17,8 @@ BUILD_FILE = "build.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 DType = Literal["float32", "float16", "bfloat16", "bool"]
+#: The element type of a model's weights and products.
+DTYPE_OF: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 Evidence = Literal["log", "scratch", "unknown"]
 
 

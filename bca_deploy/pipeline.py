@@ -17,12 +17,12 @@ from torch import nn
 from bca_deploy import engines, expect, selftest
 from bca_deploy.attention import build
 from bca_deploy.bundle import Bundle
-from bca_deploy.cases import NUMPY_DTYPES
 from bca_deploy.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import BundleError, InputError, ParityError
 from bca_deploy.lowering import DTYPES, choose, has_cpu_form, lower, lowered_state
 from bca_deploy.manifest import (
+    DTYPE_OF,
     EXPECT_FILE,
     FORMAT,
     PARITY_FILE,
@@ -335,7 +335,7 @@ def _model_entry(plan: Plan, precision: Precision, runtime: Runtime, path: Path,
 
 
 def _tensors(axes: Mapping[str, tuple[Axis, ...]], precision: Precision, keep_io_types: bool) -> tuple[TensorEntry, ...]:
-    edge = "float32" if keep_io_types else np.dtype(NUMPY_DTYPES[precision]).name
+    edge = "float32" if keep_io_types else DTYPE_OF[precision]
     kinds = {name: "bool" if name.endswith("mask") else edge for name in axes}
     return tuple(TensorEntry.model_validate({"name": name, "dtype": kinds[name], "axes": axes[name]}) for name in axes)
 

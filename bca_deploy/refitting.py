@@ -12,7 +12,7 @@ from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import EngineError, InputError
 from bca_deploy.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest
 from bca_deploy.progress import Clock, Progress, Silent
-from bca_deploy.store import revised, seal, write_build
+from bca_deploy.store import revised, write_build
 from bca_deploy.verdict import Verdict
 
 
@@ -95,4 +95,4 @@ def _renew(directory: Path, manifest: Manifest, entry: EngineEntry, wanted: Engi
     with clock.stage(f"refit {entry.library} {entry.precision}"):
         built = compile_engine(request, entry.options.time_limit_s, lambda share: None)
     fresh = entry.model_copy(update={"model_sha256": manifest.files[model.file].sha256, "version": built.facts.version})
-    return engines.record(directory, seal(directory, manifest), fresh, built)
+    return engines.record(directory, manifest, fresh, built)

@@ -1,7 +1,6 @@
 """Open a bundle and run it, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import threading
@@ -104,15 +103,11 @@ class Session:
             InputError: what is wrong with which input, and the way out.
             BcaError: the session is closed.
         """
-        given = self._contract.bind(args, named)
-        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
-        return tuple([back(outputs[name]) for name in self._names])
+        return tuple(self._run(self._contract.bind(args, named), cast).values())
 
     def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
         """Return the outputs by name; arguments and errors as for calling the session."""
-        given = self._contract.bind((), inputs)
-        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
-        return {name: back(outputs[name]) for name in self._names}
+        return self._run(self._contract.bind((), inputs), cast)
 
     def run_into(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, cast: bool = False) -> None:
         """Run the model and write into the caller's arrays, which may be used again.
@@ -215,6 +210,10 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
+        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
+        return {name: back(outputs[name]) for name in self._names}
+
     def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, Array]:
         if self._closed:
             raise BcaError("the session is closed; open the bundle again")
@@ -265,10 +264,12 @@ class Session:
         waiting = deque(alone)
 
         def work() -> None:
-            with contextlib.suppress(IndexError):  # nothing is waiting any more
-                while True:
+            while True:
+                try:
                     index = waiting.popleft()
-                    outputs[index] = self._timed(self._backend.run_alone, ready[index])
+                except IndexError:  # nothing is waiting any more
+                    return
+                outputs[index] = self._timed(self._backend.run_alone, ready[index])
 
         # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
         helpers = [self._executor().submit(work) for _ in range(min(self._workers, len(alone)) - 1)]
