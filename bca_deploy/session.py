@@ -20,9 +20,9 @@ from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
 from bca_deploy.contract import Contract
 from bca_deploy.errors import BcaError, InputError, ParityError
-from bca_deploy.manifest import SELFTEST_FILE, Manifest
+from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
 from bca_deploy.metrics import Meter, Metrics
-from bca_deploy.spec import Precision
+from bca_deploy.spec import Dims, Precision
 
 Array = NDArray[Any]
 #: One request of ``run_many``: ``(x, context)``, or with masks ``(x, context, mask, context_mask)``.
@@ -195,6 +195,21 @@ class Session:
     def manifest(self) -> Manifest:
         """The bundle's manifest."""
         return self._bundle.manifest
+
+    @property
+    def inputs(self) -> tuple[TensorEntry, ...]:
+        """What the model that runs takes, in order."""
+        return self._backend.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorEntry, ...]:
+        """What it gives, in order."""
+        return self._backend.outputs
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes that its named dimensions may take."""
+        return self._backend.dims
 
     def close(self) -> None:
         """Wait for calls in the background, free everything; calling the session is an error from now on."""
