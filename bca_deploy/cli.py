@@ -449,3 +449,6 @@ def _check_paths(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.is_file():
             raise InputError(f"{path} does not exist or is not a file; check the path")
+
+
+from bca_deploy import cli_serving  # noqa: E402, F401  (adds its commands to the app above)

@@ -1,0 +1,300 @@
+"""Tensors of the Open Inference Protocol, gRPC and REST, to numpy and back. Refuses what only a server can see.
+
+What the model may be given is contract.py's business; here are bytes that do not add up, sizes no array can have, names given
+twice. Requires orjson and pydantic alone, so that every part can be tested without a server.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, StrictBool, StrictInt, ValidationError
+
+from bca_deploy.errors import InputError, nearest
+
+Array = NDArray[Any]
+
+#: The protocol's element types and numpy's. The session says which of them a model takes.
+NUMPY = {
+    "BOOL": "bool",
+    "FP16": "float16",
+    "BF16": "bfloat16",
+    "FP32": "float32",
+    "FP64": "float64",
+    **{f"{sign}INT{bits}": f"{sign.lower()}int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
+}
+DATATYPE = {numpy: datatype for datatype, numpy in NUMPY.items()}
+
+#: Where a gRPC request without raw contents has its values; half precisions have no such place.
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "INT64": "int64_contents",
+    "UINT64": "uint64_contents",
+}
+_LARGEST_SIZE, _MOST_AXES = 2**31 - 1, 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks for.
+
+    Attributes:
+        inputs: arrays by name; they may share memory with the request.
+        outputs: for each output wanted whether it comes as bytes; empty means all of them.
+        id: the client's own, given back.
+        binary: whether outputs that were not asked for by name come as bytes.
+        cast: let the session convert dtypes.
+    """
+
+    inputs: dict[str, Array]
+    outputs: dict[str, bool] = field(default_factory=dict)
+    id: str = ""
+    binary: bool = True
+    cast: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outputs that were wanted, by name, and the request they belong to."""
+
+    request: Request
+    outputs: dict[str, Array]
+
+
+def wanted(request: Request, outputs: Mapping[str, Array]) -> Answer:
+    """Return the answer that holds only what was asked for.
+
+    Raises:
+        InputError: an output that the model does not give.
+    """
+    check_outputs(request, outputs)
+    return Answer(request, {name: outputs[name] for name in request.outputs or outputs})
+
+
+def check_outputs(request: Request, known: Iterable[str]) -> None:
+    """Refuse an output that is not ``known``."""
+    names = list(known)
+    for name in request.outputs:
+        if name not in names:
+            raise InputError(f"the model has no output {name!r}{nearest(name, names)}; it gives {', '.join(names)}")
+
+
+def from_grpc(message: Any) -> Request:
+    """Read a ``ModelInferRequest``; the arrays share its memory.
+
+    Raises:
+        InputError: sizes, bytes or names that do not add up.
+    """
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise InputError(f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs; give one for each, in order")
+    inputs: dict[str, Array] = {}
+    for index, tensor in enumerate(message.inputs):
+        dtype = _dtype(tensor.name, tensor.datatype)
+        if raw:
+            array = _from_bytes(tensor.name, dtype, tensor.shape, raw[index])
+        else:
+            array = _from_values(tensor.name, dtype, tensor.shape, _contents(tensor))
+        _add(inputs, tensor.name, array)
+    return Request(inputs, _outputs((o.name, True) for o in message.outputs), message.id, cast=_flag(message.parameters))
+
+
+def _flag(parameters: Any) -> bool:
+    return "cast" in parameters and bool(parameters["cast"].bool_param)
+
+
+def _contents(tensor: Any) -> Array:
+    place = _CONTENTS.get(tensor.datatype)
+    if place is None:
+        raise InputError(f"input {tensor.name} is {tensor.datatype}, which travels as raw_input_contents alone")
+    return np.array(getattr(tensor.contents, place))
+
+
+class _Parameters(BaseModel):
+    binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = None
+    binary_data: StrictBool | None = None
+    binary_data_output: StrictBool = False
+    cast: StrictBool = False
+
+
+class _Tensor(BaseModel):
+    name: str
+    datatype: str
+    shape: list[StrictInt]
+    parameters: _Parameters = _Parameters()
+    data: Any = None
+
+
+class _Output(BaseModel):
+    name: str
+    parameters: _Parameters = _Parameters()
+
+
+class _Body(BaseModel):
+    inputs: list[_Tensor]
+    outputs: list[_Output] = []
+    id: str = ""
+    parameters: _Parameters = _Parameters()
+
+
+def from_rest(body: bytes, header_length: str | None) -> Request:
+    """Read the body of a REST request: JSON, and after its first ``header_length`` bytes the binary tensors.
+
+    Raises:
+        InputError: no JSON of the protocol, or sizes, bytes or names that do not add up.
+    """
+    length = _header_length(header_length, len(body))
+    parsed, binary = _parse(body[:length]), memoryview(body)[length:]
+    inputs: dict[str, Array] = {}
+    for tensor in parsed.inputs:
+        array, binary = _from_rest(tensor, binary)
+        _add(inputs, tensor.name, array)
+    if len(binary):
+        raise InputError(f"{len(binary)} bytes are left over after the last binary tensor; check every binary_data_size")
+    every = parsed.parameters.binary_data_output
+    asked = ((o.name, every if o.parameters.binary_data is None else o.parameters.binary_data) for o in parsed.outputs)
+    return Request(inputs, _outputs(asked), parsed.id, every, parsed.parameters.cast)
+
+
+def _header_length(given: str | None, body: int) -> int:
+    if given is None:
+        return body
+    if not (given.isascii() and given.isdecimal() and 0 < len(given) < 12 and int(given) <= body):
+        raise InputError(
+            f"Inference-Header-Content-Length is {given[:40]!r}, and the body has {body} bytes; it may not be more"
+        )
+    return int(given)
+
+
+def _parse(text: bytes) -> _Body:
+    import orjson
+
+    try:
+        return _Body.model_validate(orjson.loads(text))
+    except orjson.JSONDecodeError as error:  # too deep a nesting is one as well
+        raise InputError(f"the request is not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise InputError(f"the request's {where}: {first['msg']}") from None
+
+
+def _from_rest(tensor: _Tensor, binary: memoryview) -> tuple[Array, memoryview]:
+    dtype, size = _dtype(tensor.name, tensor.datatype), tensor.parameters.binary_data_size
+    if size is None:
+        if tensor.data is None:
+            raise InputError(f"input {tensor.name} has neither data nor a binary_data_size")
+        return _from_values(tensor.name, dtype, tensor.shape, _flat(tensor.name, tensor.data)), binary
+    if tensor.data is not None:
+        raise InputError(f"input {tensor.name} has both data and a binary_data_size; give one of them")
+    if size > len(binary):
+        raise InputError(f"input {tensor.name} has a binary_data_size of {size}, and {len(binary)} bytes are left in the body")
+    return _from_bytes(tensor.name, dtype, tensor.shape, binary[:size]), binary[size:]
+
+
+def _flat(name: str, data: Any) -> Array:
+    try:
+        return np.array(data).reshape(-1)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"input {name}: data is ragged or too deep; give a flat list, or one nested as the shape says"
+        ) from None
+
+
+def _dtype(name: str, datatype: str) -> np.dtype[Any]:
+    if datatype not in NUMPY:
+        raise InputError(f"input {name} has datatype {datatype[:40]!r}; the protocol's numbers are {', '.join(NUMPY)}")
+    if datatype == "BF16":
+        import ml_dtypes  # noqa: F401  (gives numpy the name)
+    return np.dtype(NUMPY[datatype])
+
+
+def _from_bytes(name: str, dtype: np.dtype[Any], shape: Iterable[int], raw: Any) -> Array:
+    sizes = _sizes(name, shape)
+    needed = math.prod(sizes) * dtype.itemsize
+    if len(raw) != needed:
+        raise InputError(f"input {name} has {len(raw)} bytes, and {needed} are needed for {list(sizes)} {dtype}")
+    if dtype == np.bool_ and needed and (largest := int(np.frombuffer(raw, np.uint8).max())) > 1:
+        raise InputError(f"input {name}: a mask must hold 0 and 1 alone, and its largest is {largest}")
+    # Inside a body a tensor begins at any byte.
+    return np.require(_shaped(name, np.frombuffer(raw, dtype), sizes), requirements="A")
+
+
+def _from_values(name: str, dtype: np.dtype[Any], shape: Iterable[int], values: Array) -> Array:
+    sizes = _sizes(name, shape)
+    if values.size != math.prod(sizes):
+        raise InputError(f"input {name} has {values.size} values, and {math.prod(sizes)} are needed for {list(sizes)}")
+    if values.size and values.dtype.kind not in {"b": "b", "i": "iu", "u": "iu"}.get(dtype.kind, "iuf"):
+        raise InputError(f"input {name}: its data are {values.dtype}, and its datatype is {DATATYPE[dtype.name]}")
+    with np.errstate(over="ignore"):
+        array = _shaped(name, values.astype(dtype), sizes)
+    if values.dtype.kind == "f" and np.isfinite(values).all() and not np.isfinite(array.astype(np.float64)).all():
+        raise InputError(f"input {name} holds {np.abs(values).max():.3g}, more than {dtype} can; scale it down")
+    return array
+
+
+def _sizes(name: str, shape: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    if len(sizes) > _MOST_AXES:
+        raise InputError(f"input {name} has {len(sizes)} axes; no input has more than {_MOST_AXES}")
+    for index, size in enumerate(sizes):
+        if not 0 <= size <= _LARGEST_SIZE:
+            raise InputError(f"input {name}: axis {index} is {size}; no size is below 0 or above {_LARGEST_SIZE}")
+    return sizes
+
+
+def _shaped(name: str, flat: Array, sizes: tuple[int, ...]) -> Array:
+    try:
+        return flat.reshape(sizes)
+    except ValueError:  # an empty array of an impossible size
+        raise InputError(f"input {name} of {list(sizes)} is larger than any array") from None
+
+
+def _add(inputs: dict[str, Array], name: str, array: Array) -> None:
+    if name in inputs:
+        raise InputError(f"input {name} is given twice")
+    inputs[name] = array
+
+
+def _outputs(asked: Iterable[tuple[str, bool]]) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+    for name, binary in asked:
+        if name in found:
+            raise InputError(f"output {name} is asked for twice")
+        found[name] = binary
+    return found
+
+
+def to_rest(answer: Answer, model: str) -> tuple[bytes, int | None]:
+    """Return the body of a REST response, and the length of its JSON where binary tensors follow.
+
+    Raises:
+        InputError: an output whose element type JSON has not.
+    """
+    import orjson
+
+    entries: list[dict[str, Any]] = []
+    binary: list[bytes] = []
+    for name, array in answer.outputs.items():
+        entry: dict[str, Any] = {"name": name, "datatype": DATATYPE[array.dtype.name], "shape": list(array.shape)}
+        if answer.request.outputs.get(name, answer.request.binary):
+            binary.append(array.tobytes())
+            entry["parameters"] = {"binary_data_size": len(binary[-1])}
+        else:
+            entry["data"] = _json(name, array)
+        entries.append(entry)
+    head = orjson.dumps({"model_name": model, "id": answer.request.id, "outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"".join((head, *binary)), len(head) if binary else None
+
+
+def _json(name: str, array: Array) -> Array:
+    if array.dtype.itemsize == 2:
+        raise InputError(f"output {name} is {array.dtype}, which JSON cannot hold; ask for it as binary_data")
+    return np.ascontiguousarray(array).reshape(-1)
