@@ -77,3 +77,64 @@ def _log_to_stderr(access_log: bool) -> None:
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(logging.INFO if access_log else logging.CRITICAL)
+
+
+@app.command("package")
+def package_command(  # noqa: PLR0913  (one parameter per option)
+    bundle: BundleArgument,
+    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository into this directory.")] = None,
+    kserve: Annotated[Path | None, typer.Option(help="Write a KServe InferenceService, YAML.")] = None,
+    docker: Annotated[Path | None, typer.Option(help="Write a Dockerfile for bca serve.")] = None,
+    name: Annotated[str, typer.Option(help="Of the model, or of the service.")] = "bca",
+    runtime: Annotated[
+        Literal["auto", "tensorrt", "onnxruntime"],
+        typer.Option(help="Triton: what runs the engine model; auto takes the bundle's tensorrt engine where it has one."),
+    ] = "auto",
+    tensorrt_version: Annotated[
+        str | None, typer.Option(help="Triton: the server's; an engine it cannot load is refused.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Triton: rows that the front takes at once.", min=1)] = 64,
+    max_delay_ms: Annotated[float, typer.Option(help="Triton: how long the first request waits for more.", min=0)] = 2.0,
+    storage_uri: Annotated[str, typer.Option(help="KServe: where the model repository lies.")] = "pvc://models/bca",
+    image: Annotated[str | None, typer.Option(help="KServe: tag of the Triton image. [default: 26.08-py3]")] = None,
+    gpus: Annotated[int, typer.Option(help="KServe: per replica; 0 for the CPU.", min=0)] = 1,
+    replicas: Annotated[str, typer.Option(help="KServe: fewest and most, as 1:4.")] = "1:4",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file; a model repository is never replaced.")] = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Write what other servers need to run a bundle.
+
+    Exit codes: 0 done, 2 bad input.
+    """
+    with _guarded(verbose):
+        from bca_deploy import cluster
+        from bca_deploy.bundle import Bundle
+        from bca_deploy.triton import Options, write
+
+        if not (triton or kserve or docker):
+            raise InputError("give --triton DIRECTORY, --kserve FILE or --docker FILE; more than one is fine")
+        for file in (kserve, docker):
+            _check_free(file, force)
+        with Bundle.open(bundle) as opened:
+            if triton:
+                options = Options(name, runtime, tensorrt_version, max_batch, max_delay_ms)
+                for directory in write(opened, triton, options):
+                    typer.echo(f"model: {directory}")
+        if kserve:
+            tag = image or cluster.TRITON_IMAGE
+            cluster.write_kserve(kserve, cluster.Options(name, storage_uri, tag, gpus, _replicas(replicas)))
+            typer.echo(f"service: {kserve}; apply it with kubectl apply -f {kserve}")
+        if docker:
+            typer.echo(f"image: {cluster.write_docker(docker, bundle.resolve())}")
+
+
+def _check_free(file: Path | None, force: bool) -> None:
+    if file is not None and file.exists() and not force:
+        raise InputError(f"{file} exists; use --force to replace it, or choose another name")
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    if not (fewest.isdecimal() and most.isdecimal()):
+        raise InputError(f"replicas {text!r}: give the fewest and the most, as 1:4")
+    return int(fewest), int(most)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -17,13 +17,14 @@ from bca_deploy.contract import Contract
 from bca_deploy.errors import InputError, ServerError, missing
 from bca_deploy.manifest import TensorEntry
 from bca_deploy.session import Pair
-from bca_deploy.spec import Axis, DimRange, Dims
+from bca_deploy.spec import Axis
 from bca_deploy.wire import DATATYPE, NUMPY
 
 Array = NDArray[Any]
 
 #: The server's own limits are not in the protocol's metadata; it says them when a size is refused.
-_ANY = DimRange(1, 1, 2**31 - 1)
+_SIZES: Any = SimpleNamespace(min=0, max=2**31 - 1)
+_DIMS: Any = SimpleNamespace(batch=_SIZES, x_len=_SIZES, context_len=_SIZES)
 _AXES = {
     "x": ("batch", "x_len"),
     "context": ("batch", "context_len"),
@@ -127,7 +128,7 @@ class RemoteSession:
 
     @cached_property
     def _contract(self) -> Contract:
-        return Contract(self.inputs, Dims(_ANY, _ANY, _ANY), "send less at once")
+        return Contract(self.inputs, _DIMS, "send less at once")
 
     def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
         arrays = {name: tensors.as_array(name, value) for name, value in given.items()}

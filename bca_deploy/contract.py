@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.errors import InputError, nearest
-from bca_deploy.manifest import TensorEntry
 from bca_deploy.spec import Axis, DimRange, Dims
+
+if TYPE_CHECKING:  # a Triton server runs this module on numpy alone: see triton.py
+    from bca_deploy.manifest import TensorEntry
 
 Array = NDArray[Any]
 
@@ -33,7 +35,7 @@ class Contract:
         advice: what to do where a size is refused; goes into the error.
     """
 
-    def __init__(self, tensors: Iterable[TensorEntry], dims: Dims, advice: str) -> None:
+    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str) -> None:
         self._inputs = [_Input(t.name, np.dtype(_numpy_name(t.dtype)), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
         self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}

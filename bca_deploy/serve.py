@@ -142,8 +142,10 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
     with _collecting(session, batcher, guard, options.name):
         running = asyncio.create_task(rest.serve(sockets=[listening]))
         stop = _stop_signal()
-        while not (rest.started or running.done()):
+        while not rest.started:
             await asyncio.sleep(0.005)
+            if running.done():
+                running.result()  # it could not start
         _announce(session, options, listening.getsockname()[1], grpc_port)
         await stop.wait()
         _log.warning("stopping: no new requests are taken, those under way are finished")
