@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from grpc_interceptor import AsyncServerInterceptor
 from kserve.errors import ModelNotFound, ModelNotReady
@@ -120,6 +121,15 @@ class GrpcGuard(AsyncServerInterceptor):
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
 
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Let bytes that are no message of the protocol come as far as ``intercept``; gRPC would call them an error of ours."""
+
+        async def tolerant(details: Any) -> Any:
+            handler = await continuation(details)
+            return handler and handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
+
+        return await super().intercept_service(tolerant, handler_call_details)  # type: ignore[no-untyped-call]
+
     async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
         """Let one call through, or not."""
         start, status, name = time.perf_counter(), StatusCode.CANCELLED, method_name.rsplit("/", 1)[-1]
@@ -129,6 +139,8 @@ class GrpcGuard(AsyncServerInterceptor):
                 status = StatusCode.UNAUTHENTICATED
                 await context.abort(status, "a valid bearer token is needed")
             try:
+                if isinstance(request_or_iterator, Exception):
+                    raise request_or_iterator
                 answer = await method(request_or_iterator, context)
             except Exception as error:
                 _, status, message = _verdict(error)
@@ -139,3 +151,13 @@ class GrpcGuard(AsyncServerInterceptor):
             return answer
         finally:
             self._guard.log(context.peer(), f"grpc {name}", status.name, start)
+
+
+def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse_or_tell(sent: bytes) -> Any:
+        try:
+            return parse(sent)
+        except DecodeError:
+            return InputError(f"these {len(sent)} bytes are no message of the Open Inference Protocol; send its protobuf")
+
+    return parse_or_tell

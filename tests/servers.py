@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ def bca_serve(bundle: Path, log: Path, *options: str, env: dict[str, str] | None
         process.kill()
         process.wait()
         process.stdout and process.stdout.close()
+
+
+def until(true: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for what another process does; fails when it does not."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds:g} s"
+        time.sleep(0.02)
 
 
 def triton_environment() -> Path:
