@@ -53,7 +53,7 @@ class TritonPythonModel:
         return [answers[index] for index in range(len(requests))]
 
     def _groups(self, ready: dict[int, Arrays]) -> list[list[int]]:
-        if not self._together:
+        if not (self._together and ready):
             return [[index] for index in ready]
         sizes = [many.Size(i, len(r["x"]), r["x"].shape[1], r["context"].shape[1], self._width) for i, r in ready.items()]
         return min((_banded(sizes, bands, self._dims.batch.max) for bands in (1, 2, 3)), key=len)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
@@ -282,6 +283,13 @@ def test_the_access_log_has_one_readable_line_for_every_request(served: Server) 
         r"127\.0\.0\.1 GET /v2/models/a%0Ab%20c 404",
     ):
         until(lambda what=what: re.search(rf"(?m)^{when} {what} {took}$", served.log.read_text(encoding="utf-8")))
+
+
+def test_an_answer_does_not_wait_for_nagles_delay(served: Server) -> None:
+    body, headers = request(make(1, 4, 3))
+    with httpx.Client(base_url=f"http://{served.http}") as client:
+        took = [client.post(INFER, content=body, headers=headers).elapsed.total_seconds() for _ in range(30)]
+    assert min(took) < 0.03, "the delay is 0.04 s, every time"
 
 
 def test_it_listens_on_loopback_alone_unless_told_otherwise(served: Server) -> None:

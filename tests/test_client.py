@@ -1,0 +1,167 @@
+"""RemoteSession: in-process becomes remote by one line, whatever server of the protocol is behind it."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from servers import Server, free_ports
+from test_session import make
+
+import bca_deploy
+from bca_deploy.bundle import Bundle
+from bca_deploy.client import RemoteSession
+from bca_deploy.errors import InputError, MissingDependencyError, ServerError
+from bca_deploy.session import Session
+
+#: Fixtures of running servers; each speaks the Open Inference Protocol over gRPC and has the model `bca`.
+SERVERS = ("served", "triton")
+
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Server:
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def remote(server: Server) -> Iterator[RemoteSession]:
+    with RemoteSession(f"grpc://{server.grpc}") as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def local(exported: Bundle) -> Iterator[Session]:
+    with bca_deploy.open(exported.directory) as session:
+        yield session
+
+
+def same(got: "tuple[np.ndarray, ...]", wanted: "tuple[np.ndarray, ...]") -> None:
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 7, 5), (8, 33, 40)])
+@pytest.mark.parametrize("masked", [True, False], ids=["masks", "no masks"])
+def test_it_gives_what_the_session_gives(
+    remote: RemoteSession, local: Session, sizes: tuple[int, int, int], masked: bool
+) -> None:
+    inputs = make(*sizes, masked=masked)
+    same(remote(**inputs), local(**inputs))
+
+
+def test_by_position_by_name_and_by_mapping_are_the_same(remote: RemoteSession, local: Session) -> None:
+    inputs = make(2, 5, 3)
+    same(remote(*inputs.values()), local(**inputs))
+    by_name = remote.run(inputs)
+    assert list(by_name) == ["out", "context_out"]
+    same(tuple(by_name.values()), local(**inputs))
+
+
+def test_one_mask_alone_is_enough(remote: RemoteSession, local: Session) -> None:
+    inputs = make(2, 5, 3)
+    del inputs["mask"]
+    same(remote(**inputs), local(**inputs))
+
+
+def test_ragged_pairs_come_back_in_order(remote: RemoteSession, local: Session) -> None:
+    pairs = [tuple(make(1, n, 40 - n, n).values()) for n in range(1, 33)]
+    for _, _, mask, context_mask in pairs:  # with one side wholly masked no row of the other is live
+        mask[:, 0] = context_mask[:, 0] = True
+    live = [(pair[2], pair[3]) for pair in pairs]
+    for got, wanted, masks in zip(remote.run_many(pairs), local.run_many(pairs), live, strict=True):
+        same(tuple(g[m] for g, m in zip(got, masks, strict=True)), tuple(w[m] for w, m in zip(wanted, masks, strict=True)))
+
+
+def test_many_threads_share_one_remote_session(remote: RemoteSession, local: Session) -> None:
+    requests = [make(1, n, 9, n, masked=False) for n in range(1, 17)]
+    with ThreadPoolExecutor(8) as pool:
+        for got, inputs in zip(pool.map(remote.run, requests), requests, strict=True):
+            same(tuple(got.values()), local(**inputs))
+
+
+def test_torch_in_torch_out_and_the_results_belong_to_the_caller(remote: RemoteSession, local: Session) -> None:
+    inputs = make(2, 5, 3)
+    out, context_out = remote(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    same((out.numpy(), context_out.numpy()), local(**inputs))
+    out += 1  # not a view of a message
+
+
+def test_the_event_loop_is_not_blocked(remote: RemoteSession, local: Session) -> None:
+    inputs = make(2, 5, 3)
+
+    async def main() -> list[tuple[np.ndarray, ...]]:
+        return await asyncio.gather(*(remote.run_async(**inputs) for _ in range(4)))
+
+    for got in asyncio.run(main()):
+        same(got, local(**inputs))
+
+
+def test_dtypes_are_cast_on_request(remote: RemoteSession, local: Session) -> None:
+    inputs = make(2, 5, 3)
+    wide = {name: array.astype(np.int64 if array.dtype == bool else np.float64) for name, array in inputs.items()}
+    same(remote(**wide, cast=True), local(**inputs))
+    with pytest.raises(InputError, match="input x has dtype float64, and needs float32; cast=True converts it"):
+        remote(**wide)
+
+
+def test_inputs_and_outputs_are_the_servers(remote: RemoteSession, local: Session) -> None:
+    assert remote.inputs == local.inputs
+    assert remote.outputs == local.outputs
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"x": np.zeros((1, 2049, 24), np.float32)}, r"input x: axis 1 \(x_len\) is 2049, allowed 1 to 2048"),
+    ({"x": np.zeros((1, 4, 23), np.float32)}, "input x: axis 2 is 23, and must be 24"),
+    ({"mask": np.ones((1, 5), bool)}, r"input mask: axis 1 \(x_len\) is 5, but x has 4; they must agree"),
+    ({"masks": np.ones((1, 4), bool)}, r"the model has no input 'masks' \(did you mean 'mask'\?\)"),
+    ({"x": None}, "input x is missing"),
+])  # fmt: skip
+def test_refusals_have_the_sessions_words_and_the_next_call_works(
+    remote: RemoteSession, change: dict[str, np.ndarray], message: str
+) -> None:
+    inputs = make(1, 4, 3, masked=False)
+    with pytest.raises(InputError, match=message):
+        remote(**inputs | change)
+    assert len(remote(**inputs)) == 2
+
+
+def test_a_model_that_is_not_there_is_named(server: Server) -> None:
+    with RemoteSession(f"grpc://{server.grpc}", "other") as remote, pytest.raises(ServerError, match="model other: "):
+        remote(**make(1, 4, 3))
+
+
+def test_a_server_that_is_not_there_is_named_within_the_deadline() -> None:
+    (port,) = free_ports(1)
+    message = rf"127\.0\.0\.1:{port}, model bca: the server is not there or went away"
+    remote = RemoteSession(f"grpc://127.0.0.1:{port}", deadline_s=5, attempts=2)
+    with remote, pytest.raises(ServerError, match=message):
+        remote(**make(1, 4, 3))
+
+
+@pytest.mark.parametrize("url", ["localhost:8081", "http://localhost:8080", "grpc://", ""])
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="give grpc://host:port, or grpcs://host:port for TLS"):
+        RemoteSession(url)
+
+
+def test_without_tritonclient_the_error_holds_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'bca-deploy\[client\]'"):
+        RemoteSession("grpc://127.0.0.1:1")
+
+
+def test_opening_a_bundle_and_the_command_line_import_none_of_the_serving_packages(exported: Bundle) -> None:
+    script = f"""
+import sys, bca_deploy, bca_deploy.cli
+bca_deploy.open({str(exported.directory)!r}).close()
+heavy = ("kserve", "grpc", "fastapi", "uvicorn", "tritonclient", "google.protobuf", "prometheus_client", "yaml", "pandas")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert done.stdout == "[]\n"
