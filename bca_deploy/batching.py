@@ -26,13 +26,13 @@ class Limits:
     """How requests are put together.
 
     Attributes:
-        max_batch: requests in one call of ``run_many``.
+        max_batch: requests in one call of ``run_many``; None leaves it to the server, and counts as 1 here.
         max_delay_ms: how long the first of them waits for more. At 0 a call takes what has come in during the one before,
             which is all a CPU needs; a GPU gains from a little patience.
         max_queue: requests that may wait; more are refused.
     """
 
-    max_batch: int = 16
+    max_batch: int | None = None
     max_delay_ms: float = 0.0
     max_queue: int = 64
 
@@ -68,7 +68,7 @@ class Batcher:
     """
 
     def __init__(self, run_many: RunMany, limits: Limits) -> None:
-        self._run_many, self._limits = run_many, limits
+        self._run_many, self._limits, self._max_batch = run_many, limits, limits.max_batch or 1
         self._waiting: deque[_Entry] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bca-batch")
@@ -125,7 +125,7 @@ class Batcher:
         if not self._limits.max_delay_ms:
             return
         until = asyncio.get_running_loop().time() + self._limits.max_delay_ms / 1e3
-        while len(self._waiting) < self._limits.max_batch and not self._closing:
+        while len(self._waiting) < self._max_batch and not self._closing:
             self._arrived.clear()
             try:
                 async with asyncio.timeout_at(until):
@@ -136,7 +136,7 @@ class Batcher:
 
     def _take(self) -> list[_Entry]:
         batch: list[_Entry] = []
-        while self._waiting and len(batch) < self._limits.max_batch:
+        while self._waiting and len(batch) < self._max_batch:
             entry = self._waiting.popleft()
             if not entry.result.done():  # else its caller has given up
                 batch.append(entry)

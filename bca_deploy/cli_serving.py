@@ -17,7 +17,10 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
     http_port: Annotated[int, typer.Option(help="For REST; 0 takes a free one.", min=0, max=65535)] = 8080,
     grpc_port: Annotated[int, typer.Option(help="For gRPC; 0 takes a free one.", min=0, max=65535)] = 8081,
     name: Annotated[str, typer.Option(help="Of the model in URLs.")] = "bca",
-    max_batch: Annotated[int, typer.Option(help="Requests that may run together.", min=1)] = 16,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="Requests that may run together. [default: on the CPU two for each core, else 16]", min=1),
+    ] = None,
     max_delay_ms: Annotated[float, typer.Option(help="How long the first of them waits for more.", min=0)] = 0.0,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429 or RESOURCE_EXHAUSTED.", min=1)] = 64,
     max_body_mib: Annotated[

@@ -84,7 +84,7 @@ def test_a_lone_request_runs_when_its_patience_is_over() -> None:
     async def scenario(_: Model, batcher: Batcher) -> Any:
         return await batcher.submit((4,))
 
-    assert run(Limits(max_delay_ms=30), scenario) == (8,)
+    assert run(Limits(16, max_delay_ms=30), scenario) == (8,)
 
 
 def test_a_full_queue_refuses_and_counts_it_and_takes_requests_again_afterwards() -> None:
@@ -110,7 +110,7 @@ def test_one_bad_request_fails_alone() -> None:
         model.gate.set()
         return await asyncio.gather(first, *rest, return_exceptions=True)
 
-    results = run(Limits(), scenario)
+    results = run(Limits(16), scenario)
     assert results[:2] == [(0,), (2,)]
     assert isinstance(results[2], ValueError)
     assert results[3] == (4,)
@@ -129,7 +129,7 @@ def test_a_request_whose_caller_gave_up_leaves_the_queue_and_never_runs() -> Non
         await asyncio.gather(first, kept)
         return model.batches
 
-    assert run(Limits(), scenario) == [[0], [2]]
+    assert run(Limits(16), scenario) == [[0], [2]]
 
 
 def test_closing_finishes_what_waits_and_refuses_what_comes_later() -> None:
@@ -145,7 +145,7 @@ def test_closing_finishes_what_waits_and_refuses_what_comes_later() -> None:
         await closing
         return await asyncio.gather(first, *waiting)
 
-    assert run(Limits(), scenario) == [(0,), (2,), (4,)]
+    assert run(Limits(16), scenario) == [(0,), (2,), (4,)]
 
 
 def test_batches_are_counted_by_size() -> None:
@@ -157,6 +157,6 @@ def test_batches_are_counted_by_size() -> None:
         await asyncio.gather(first, *rest)
         return batcher.counts
 
-    counts = run(Limits(), scenario)
+    counts = run(Limits(16), scenario)
     assert (counts.batches, counts.requests) == (2, 4)
     assert counts.sizes == [1, 0, 1, 0, 0, 0, 0, 0]

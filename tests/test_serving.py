@@ -110,7 +110,7 @@ def test_ragged_requests_at_the_same_time_give_what_one_by_one_gives(
     rng = np.random.default_rng(0)
     pairs = [make(int(b), int(n), int(m), seed) for seed, (b, n, m) in enumerate(rng.integers(1, (5, 65, 65), (64, 3)))]
     with (
-        bca_serve(exported.directory, tmp_path / "log", "--max-delay-ms", "20") as server,
+        bca_serve(exported.directory, tmp_path / "log", "--max-batch", "16", "--max-delay-ms", "20") as server,
         RemoteSession(f"grpc://{server.grpc}") as remote,
     ):
         with ThreadPoolExecutor(32) as pool:
