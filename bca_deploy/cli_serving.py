@@ -97,7 +97,7 @@ def package_command(  # noqa: PLR0913  (one parameter per option)
         str | None, typer.Option(help="Triton: the server's; an engine it cannot load is refused.")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Triton: rows that the front takes at once.", min=1)] = 64,
-    max_delay_ms: Annotated[float, typer.Option(help="Triton: how long the first request waits for more.", min=0)] = 2.0,
+    max_delay_ms: Annotated[float, typer.Option(help="Triton: how long the first request waits for more.", min=0)] = 5.0,
     storage_uri: Annotated[str, typer.Option(help="KServe: where the model repository lies.")] = "pvc://models/bca",
     image: Annotated[str | None, typer.Option(help="KServe: tag of the Triton image. [default: 26.08-py3]")] = None,
     gpus: Annotated[int, typer.Option(help="KServe: per replica; 0 for the CPU.", min=0)] = 1,

@@ -38,7 +38,7 @@ class Options:
     runtime: Runtime = "auto"
     tensorrt_version: str | None = None
     max_batch: int = 64
-    max_delay_ms: float = 2.0
+    max_delay_ms: float = 5.0
     max_queue: int = 256
 
 

@@ -52,7 +52,8 @@ def triton(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     from bca_deploy import triton as packaging
 
     root = tmp_path_factory.mktemp("triton")
-    _, engine = packaging.write(exported, root / "models", packaging.Options())
+    # Patient, so that requests which begin together still meet where the machine is busy with other tests.
+    _, engine = packaging.write(exported, root / "models", packaging.Options(max_delay_ms=20))
     put_stand_in(engine)
     with tritonserver(root / "models", root / "log") as server:
         yield server
