@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bca_deploy.batching import Batcher, Limits
+from bca_deploy.batching import Batcher, Limits, largest_request, suitable_batch
 from bca_deploy.errors import InputError, missing
 from bca_deploy.session import Session, open_session
 from bca_deploy.spec import Precision
@@ -126,24 +126,6 @@ def read_token(file: Path | None) -> str | None:
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise InputError(f"the token in {file or TOKEN_VARIABLE} must be one word of ASCII characters; write a new one")
     return token
-
-
-def largest_request(session: Session) -> int:
-    """Return the bytes of the largest request that the bundle allows, and room for what goes around the tensors."""
-    dims = session.dims
-    sizes = {"batch": dims.batch.max, "x_len": dims.x_len.max, "context_len": dims.context_len.max}
-    width = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
-    counts = (math.prod(sizes[a] if isinstance(a, str) else a for a in t.axes) * width[t.dtype] for t in session.inputs)
-    return sum(counts) + 64 * 1024
-
-
-def suitable_batch(session: Session) -> int:
-    """Return how many requests run together by default.
-
-    On the CPU two for each core: a batch of everybody's requests would leave the model idle while everybody's answers are
-    written, and nothing is gained by padding there. Elsewhere 16, since a GPU gains from each one.
-    """
-    return 2 * len(os.sched_getaffinity(0)) if session.explain().chosen.startswith("onnxruntime-cpu") else 16
 
 
 async def _serve(session: Session, options: Options, listening: socket.socket) -> None:

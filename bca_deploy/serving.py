@@ -13,7 +13,7 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import metrics_handler
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
 
-from bca_deploy import wire
+from bca_deploy import wire, wire_rest
 from bca_deploy.batching import Batcher
 from bca_deploy.contract import Contract
 from bca_deploy.session import Session
@@ -85,11 +85,11 @@ class Endpoints(V2Endpoints):  # type: ignore[misc]
                 body = await self._body(request)
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {self._deadline_s:g} s") from None
-        asked = wire.from_rest(body, request.headers.get(HEADER_LENGTH))
+        asked = wire_rest.from_rest(body, request.headers.get(HEADER_LENGTH))
         del body
         async with asyncio.timeout(self._deadline_s):
             answer, _ = await self.dataplane.infer(model_name, asked)
-        content, head = wire.to_rest(answer, model_name)
+        content, head = wire_rest.to_rest(answer, model_name)
         if head is None:
             return Response(content, media_type="application/json")
         return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})

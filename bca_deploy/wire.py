@@ -1,17 +1,16 @@
-"""Tensors of the Open Inference Protocol, gRPC and REST, to numpy and back. Refuses what only a server can see.
+"""Tensors of the Open Inference Protocol to numpy, and its gRPC requests. Refuses what only a server can see.
 
 What the model may be given is contract.py's business; here are bytes that do not add up, sizes no array can have, names given
-twice. Requires orjson and pydantic alone, so that every part can be tested without a server.
+twice. Requires numpy alone.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictBool, StrictInt, ValidationError
 
 from bca_deploy.errors import InputError, nearest
 
@@ -97,13 +96,13 @@ def from_grpc(message: Any) -> Request:
         raise InputError(f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs; give one for each, in order")
     inputs: dict[str, Array] = {}
     for index, tensor in enumerate(message.inputs):
-        dtype = _dtype(tensor.name, tensor.datatype)
+        dtype = dtype_of(tensor.name, tensor.datatype)
         if raw:
-            array = _from_bytes(tensor.name, dtype, tensor.shape, raw[index])
+            array = from_bytes(tensor.name, dtype, tensor.shape, raw[index])
         else:
-            array = _from_values(tensor.name, dtype, tensor.shape, _contents(tensor))
-        _add(inputs, tensor.name, array)
-    return Request(inputs, _outputs((o.name, True) for o in message.outputs), message.id, cast=_flag(message.parameters))
+            array = from_values(tensor.name, dtype, tensor.shape, _contents(tensor))
+        add(inputs, tensor.name, array)
+    return Request(inputs, outputs_of((o.name, True) for o in message.outputs), message.id, cast=_flag(message.parameters))
 
 
 def _flag(parameters: Any) -> bool:
@@ -117,98 +116,12 @@ def _contents(tensor: Any) -> Array:
     return np.array(getattr(tensor.contents, place))
 
 
-class _Parameters(BaseModel):
-    binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = None
-    binary_data: StrictBool | None = None
-    binary_data_output: StrictBool = False
-    cast: StrictBool = False
-
-
-class _Tensor(BaseModel):
-    name: str
-    datatype: str
-    shape: list[StrictInt]
-    parameters: _Parameters = _Parameters()
-    data: Any = None
-
-
-class _Output(BaseModel):
-    name: str
-    parameters: _Parameters = _Parameters()
-
-
-class _Body(BaseModel):
-    inputs: list[_Tensor]
-    outputs: list[_Output] = []
-    id: str = ""
-    parameters: _Parameters = _Parameters()
-
-
-def from_rest(body: bytes, header_length: str | None) -> Request:
-    """Read the body of a REST request: JSON, and after its first ``header_length`` bytes the binary tensors.
+def dtype_of(name: str, datatype: str) -> np.dtype[Any]:
+    """Return numpy's element type for the protocol's, which ``name`` has.
 
     Raises:
-        InputError: no JSON of the protocol, or sizes, bytes or names that do not add up.
+        InputError: the protocol has no such numbers.
     """
-    length = _header_length(header_length, len(body))
-    parsed, binary = _parse(body[:length]), memoryview(body)[length:]
-    inputs: dict[str, Array] = {}
-    for tensor in parsed.inputs:
-        array, binary = _from_rest(tensor, binary)
-        _add(inputs, tensor.name, array)
-    if len(binary):
-        raise InputError(f"{len(binary)} bytes are left over after the last binary tensor; check every binary_data_size")
-    every = parsed.parameters.binary_data_output
-    asked = ((o.name, every if o.parameters.binary_data is None else o.parameters.binary_data) for o in parsed.outputs)
-    return Request(inputs, _outputs(asked), parsed.id, every, parsed.parameters.cast)
-
-
-def _header_length(given: str | None, body: int) -> int:
-    if given is None:
-        return body
-    if not (given.isascii() and given.isdecimal() and 0 < len(given) < 12 and int(given) <= body):
-        raise InputError(
-            f"Inference-Header-Content-Length is {given[:40]!r}, and the body has {body} bytes; it may not be more"
-        )
-    return int(given)
-
-
-def _parse(text: bytes) -> _Body:
-    import orjson
-
-    try:
-        return _Body.model_validate(orjson.loads(text))
-    except orjson.JSONDecodeError as error:  # too deep a nesting is one as well
-        raise InputError(f"the request is not JSON: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise InputError(f"the request's {where}: {first['msg']}") from None
-
-
-def _from_rest(tensor: _Tensor, binary: memoryview) -> tuple[Array, memoryview]:
-    dtype, size = _dtype(tensor.name, tensor.datatype), tensor.parameters.binary_data_size
-    if size is None:
-        if tensor.data is None:
-            raise InputError(f"input {tensor.name} has neither data nor a binary_data_size")
-        return _from_values(tensor.name, dtype, tensor.shape, _flat(tensor.name, tensor.data)), binary
-    if tensor.data is not None:
-        raise InputError(f"input {tensor.name} has both data and a binary_data_size; give one of them")
-    if size > len(binary):
-        raise InputError(f"input {tensor.name} has a binary_data_size of {size}, and {len(binary)} bytes are left in the body")
-    return _from_bytes(tensor.name, dtype, tensor.shape, binary[:size]), binary[size:]
-
-
-def _flat(name: str, data: Any) -> Array:
-    try:
-        return np.array(data).reshape(-1)
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"input {name}: data is ragged or too deep; give a flat list, or one nested as the shape says"
-        ) from None
-
-
-def _dtype(name: str, datatype: str) -> np.dtype[Any]:
     if datatype not in NUMPY:
         raise InputError(f"input {name} has datatype {datatype[:40]!r}; the protocol's numbers are {', '.join(NUMPY)}")
     if datatype == "BF16":
@@ -216,7 +129,12 @@ def _dtype(name: str, datatype: str) -> np.dtype[Any]:
     return np.dtype(NUMPY[datatype])
 
 
-def _from_bytes(name: str, dtype: np.dtype[Any], shape: Iterable[int], raw: Any) -> Array:
+def from_bytes(name: str, dtype: np.dtype[Any], shape: Iterable[int], raw: Any) -> Array:
+    """Return an array over the bytes, without a copy where they are aligned.
+
+    Raises:
+        InputError: impossible sizes, another number of bytes than they need, or a mask that holds more than 0 and 1.
+    """
     sizes = _sizes(name, shape)
     needed = math.prod(sizes) * dtype.itemsize
     if len(raw) != needed:
@@ -227,7 +145,12 @@ def _from_bytes(name: str, dtype: np.dtype[Any], shape: Iterable[int], raw: Any)
     return np.require(_shaped(name, np.frombuffer(raw, dtype), sizes), requirements="A")
 
 
-def _from_values(name: str, dtype: np.dtype[Any], shape: Iterable[int], values: Array) -> Array:
+def from_values(name: str, dtype: np.dtype[Any], shape: Iterable[int], values: Array) -> Array:
+    """Return an array of the values, which came as JSON or as a protobuf list.
+
+    Raises:
+        InputError: impossible sizes, another number of values, values of another kind, or too large ones.
+    """
     sizes = _sizes(name, shape)
     if values.size != math.prod(sizes):
         raise InputError(f"input {name} has {values.size} values, and {math.prod(sizes)} are needed for {list(sizes)}")
@@ -257,44 +180,26 @@ def _shaped(name: str, flat: Array, sizes: tuple[int, ...]) -> Array:
         raise InputError(f"input {name} of {list(sizes)} is larger than any array") from None
 
 
-def _add(inputs: dict[str, Array], name: str, array: Array) -> None:
+def add(inputs: dict[str, Array], name: str, array: Array) -> None:
+    """Put an input among the others.
+
+    Raises:
+        InputError: it is there already.
+    """
     if name in inputs:
         raise InputError(f"input {name} is given twice")
     inputs[name] = array
 
 
-def _outputs(asked: Iterable[tuple[str, bool]]) -> dict[str, bool]:
+def outputs_of(asked: Iterable[tuple[str, bool]]) -> dict[str, bool]:
+    """Return, for each output asked for, whether it is to come as bytes.
+
+    Raises:
+        InputError: one is asked for twice.
+    """
     found: dict[str, bool] = {}
     for name, binary in asked:
         if name in found:
             raise InputError(f"output {name} is asked for twice")
         found[name] = binary
     return found
-
-
-def to_rest(answer: Answer, model: str) -> tuple[bytes, int | None]:
-    """Return the body of a REST response, and the length of its JSON where binary tensors follow.
-
-    Raises:
-        InputError: an output whose element type JSON has not.
-    """
-    import orjson
-
-    entries: list[dict[str, Any]] = []
-    binary: list[bytes] = []
-    for name, array in answer.outputs.items():
-        entry: dict[str, Any] = {"name": name, "datatype": DATATYPE[array.dtype.name], "shape": list(array.shape)}
-        if answer.request.outputs.get(name, answer.request.binary):
-            binary.append(array.tobytes())
-            entry["parameters"] = {"binary_data_size": len(binary[-1])}
-        else:
-            entry["data"] = _json(name, array)
-        entries.append(entry)
-    head = orjson.dumps({"model_name": model, "id": answer.request.id, "outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b"".join((head, *binary)), len(head) if binary else None
-
-
-def _json(name: str, array: Array) -> Array:
-    if array.dtype.itemsize == 2:
-        raise InputError(f"output {name} is {array.dtype}, which JSON cannot hold; ask for it as binary_data")
-    return np.ascontiguousarray(array).reshape(-1)

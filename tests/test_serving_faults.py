@@ -221,6 +221,16 @@ def test_a_call_waits_for_a_server_that_is_just_starting(exported: Bundle, tmp_p
             until(lambda: len(quietly(remote, make(1, 4, 3))) == 2)
 
 
+@pytest.mark.slow
+def test_thousands_of_good_requests_need_no_more_memory_than_hundreds(attacked: Server) -> None:
+    with RemoteSession(f"grpc://{attacked.grpc}") as remote, ThreadPoolExecutor(4) as pool:
+        requests = [make(1, n, 65 - n, n) for n in range(1, 65)]
+        list(pool.map(remote.run, requests * 8))
+        before = attacked.rss_mb()
+        list(pool.map(remote.run, requests * 40))
+    assert attacked.rss_mb() < before * 1.05
+
+
 GOOD = make(1, 4, 3)
 
 names = st.sampled_from(["x", "context", "mask", "context_mask", "out", "", "x\0", "X", "ü"])

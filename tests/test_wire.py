@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from bca_deploy import wire
+from bca_deploy import wire, wire_rest
 from bca_deploy.errors import InputError
 
 X = np.arange(24, dtype=np.float32).reshape(1, 2, 12)
@@ -21,7 +21,7 @@ MASK = np.array([[True, False]])
 
 def rest(*tensors: dict[str, Any], binary: bytes = b"", **more: Any) -> wire.Request:
     head = json.dumps({"inputs": list(tensors), **more}).encode()
-    return wire.from_rest(head + binary, str(len(head)))
+    return wire_rest.from_rest(head + binary, str(len(head)))
 
 
 def entry(name: str, array: np.ndarray, **changes: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_binary_tensors_come_as_they_were_sent(dtype: Any) -> None:
 
 def test_grpc_tensors_share_the_memory_of_the_message() -> None:
     raw = X.tobytes()
-    array = wire._from_bytes("x", np.dtype(np.float32), [1, 2, 12], raw)
+    array = wire.from_bytes("x", np.dtype(np.float32), [1, 2, 12], raw)
     assert np.shares_memory(array, np.frombuffer(raw, np.uint8))
 
 
@@ -146,13 +146,13 @@ def test_an_empty_tensor_of_an_impossible_size_is_refused() -> None:
 ])  # fmt: skip
 def test_a_body_that_is_not_the_protocols_json_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        wire.from_rest(text, None)
+        wire_rest.from_rest(text, None)
 
 
 @pytest.mark.parametrize("length", ["-1", "9999", "1e3", "", "०", "9" * 50, "+5"])
 def test_a_header_length_that_is_no_length_of_this_body_is_refused(length: str) -> None:
     with pytest.raises(InputError, match="Inference-Header-Content-Length is "):
-        wire.from_rest(b"{}", length)
+        wire_rest.from_rest(b"{}", length)
 
 
 def test_inputs_and_outputs_given_twice_are_refused() -> None:
@@ -192,7 +192,7 @@ def test_an_output_that_the_model_does_not_give_is_refused() -> None:
 
 def test_an_answer_holds_what_was_asked_for_in_the_form_that_was_asked_for() -> None:
     request = wire.Request({}, {"out": True, "context_out": False}, id="3")
-    body, length = wire.to_rest(wire.wanted(request, {"out": X, "context_out": X[..., :2], "attn": X}), "m")
+    body, length = wire_rest.to_rest(wire.wanted(request, {"out": X, "context_out": X[..., :2], "attn": X}), "m")
     head = orjson.loads(body[:length])
     assert (head["id"], head["model_name"]) == ("3", "m")
     assert [(o["name"], o["datatype"], o["shape"]) for o in head["outputs"]] == [
@@ -206,11 +206,16 @@ def test_an_answer_holds_what_was_asked_for_in_the_form_that_was_asked_for() -> 
 
 def test_half_precision_is_not_put_into_json() -> None:
     with pytest.raises(InputError, match="output out is float16, which JSON cannot hold; ask for it as binary_data"):
-        wire.to_rest(wire.Answer(wire.Request({}, binary=False), {"out": X.astype(np.float16)}), "m")
+        wire_rest.to_rest(wire.Answer(wire.Request({}, binary=False), {"out": X.astype(np.float16)}), "m")
+
+
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    answer = wire.Answer(wire.Request({}, binary=False), {"out": np.array([1.5, np.nan, np.inf], np.float32)})
+    assert json.loads(wire_rest.to_rest(answer, "m")[0])["outputs"][0]["data"] == [1.5, None, None]
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.binary(max_size=300), st.none() | st.text(max_size=6))
 def test_no_body_makes_anything_but_a_request_or_a_refusal(body: bytes, length: str | None) -> None:
     with contextlib.suppress(InputError):
-        wire.from_rest(body, length)
+        wire_rest.from_rest(body, length)
