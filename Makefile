@@ -42,6 +42,7 @@ test: check
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/serving.py
 
 # On a machine with a GPU: the GPU tests and the engines' benchmark, into build/gpu-proof.md.
 gpu-proof: $(READY)

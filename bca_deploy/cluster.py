@@ -8,7 +8,7 @@ from typing import Any
 from bca_deploy import __version__
 from bca_deploy.errors import InputError, missing
 
-#: NVIDIA's image of Triton, by month; from 26.08 on it holds what the generated repository needs.
+#: Tag of NVIDIA's image of Triton, by month.
 TRITON_IMAGE = "26.08-py3"
 #: The ports of KServe's Triton runtime.
 HTTP_PORT, GRPC_PORT = 8080, 9000

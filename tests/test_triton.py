@@ -1,5 +1,6 @@
 """The Triton model repository: what is written, and what the real Triton makes of it."""
 
+import json
 import re
 import shutil
 import threading
@@ -117,7 +118,10 @@ def tensorrt_bundle(exported: Bundle, place: Path, *capabilities: str, **changes
 
 def test_tensorrt_engines_become_plans_one_for_each_gpu_with_every_profile(exported: Bundle, tmp_path: Path) -> None:
     bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", "sm100")
-    _, engine = packaging.write(bundle, tmp_path / "models", Options(tensorrt_version="10.13.3.9"))
+    front, engine = packaging.write(bundle, tmp_path / "models", Options(tensorrt_version="10.13.3.9"))
+    facts = json.loads((front / "1" / "front.json").read_text(encoding="utf-8"))
+    assert facts["tensorrt_version"] == "10.13.3.9"
+    assert facts["dims"]["x_len"] == {"min": 1, "opt": 64, "max": 2048}, "what any of the profiles takes"
     config = config_of(engine)
     assert config.platform == "tensorrt_plan"
     assert dict(config.cc_model_filenames) == {"9.0": "tensorrt-fp16-sm90.plan", "10.0": "tensorrt-fp16-sm100.plan"}
