@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	sed -i -e 's/\bin: list/inputs: list/' -e 's/channel_axis: int)/channel_axis: int = ...)/' $(VENV)/typings/tensorrt_bindings/tensorrt.pyi
 	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true
 	$(PYTHON) -m venv $(VENV)/triton
-	$(PIP) --python $(VENV)/triton --no-deps $(TRITON)
+	$(VENV)/triton/bin/python -m pip install -q --disable-pip-version-check --no-deps $(TRITON)
 	touch $@
 
 demo: $(READY)
