@@ -134,7 +134,7 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
     size = options.max_body_bytes or largest_request(session)
     limits = replace(options.limits, max_batch=options.limits.max_batch or suitable_batch(session))
     batcher, guard = Batcher(session.run_many, limits), guards.Guard(options.token)
-    plane = serving.Plane(serving.BundleModel(options.name, session, batcher))
+    plane = serving.plane_of(serving.BundleModel(options.name, session, batcher))
     rest = _rest(serving.Endpoints(plane, size, options.deadline_s), guard, options)
     grpc, grpc_port = await _start_grpc(serving.Servicer(plane, options.deadline_s), guards.GrpcGuard(guard), options, size)
     with _collecting(session, batcher, guard, options.name):
@@ -147,7 +147,7 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
         _announce(session, options, listening.getsockname()[1], grpc_port)
         await stop.wait()
         _log.warning("stopping: no new requests are taken, those under way are finished")
-        plane.model.ready, rest.should_exit = False, True
+        rest.should_exit = True
         await asyncio.gather(running, grpc.stop(options.grace_s))
         await batcher.close()
 

@@ -57,24 +57,17 @@ def _metadata(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "datatype": wire.DATATYPE[tensor.dtype], "shape": shape}
 
 
-class Plane(DataPlane):  # type: ignore[misc]
-    """KServe's data plane of one model, which stops being ready before it stops."""
-
-    def __init__(self, model: BundleModel) -> None:
-        registry = ModelRepository()
-        registry.update(model)
-        super().__init__(model_registry=registry)
-        self.model = model
-
-    async def ready(self) -> bool:
-        """Whether requests are taken."""
-        return bool(self.model.ready)
+def plane_of(model: BundleModel) -> DataPlane:
+    """Return KServe's data plane with this model alone."""
+    registry = ModelRepository()
+    registry.update(model)
+    return DataPlane(model_registry=registry)
 
 
 class Endpoints(V2Endpoints):  # type: ignore[misc]
     """KServe's REST endpoints, with tensors that never become lists, a limit on the body and a deadline."""
 
-    def __init__(self, plane: Plane, max_body_bytes: int, deadline_s: float) -> None:
+    def __init__(self, plane: DataPlane, max_body_bytes: int, deadline_s: float) -> None:
         super().__init__(plane, None)
         self._max_body_bytes, self._deadline_s = max_body_bytes, deadline_s
 
@@ -122,7 +115,7 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
 class Servicer(InferenceServicer):  # type: ignore[misc]
     """KServe's gRPC service, with tensors that share the message's memory, and a deadline."""
 
-    def __init__(self, plane: Plane, deadline_s: float) -> None:
+    def __init__(self, plane: DataPlane, deadline_s: float) -> None:
         super().__init__(plane, None)
         self._deadline_s = deadline_s
 
