@@ -45,12 +45,12 @@ class RemoteSession:
         url: ``grpc://host:port``, or ``grpcs://`` for TLS.
         model: its name on the server.
         deadline_s: the longest that one call may take, retries included.
-        attempts: how often a call is tried while the server is unavailable; gRPC backs off in between.
+        attempts: how often a call is tried while the server is unavailable, 1 to 5; gRPC backs off in between.
         token: bearer token, where the server asks for one.
         root_certificates: PEM file that vouches for the server's certificate; None takes gRPC's.
 
     Raises:
-        InputError: the URL is none of these.
+        InputError: the URL is none of these, or the attempts are too many.
         MissingDependencyError: tritonclient is not installed.
     """
 
@@ -67,6 +67,8 @@ class RemoteSession:
         scheme, _, self._address = url.partition("://")
         if scheme not in ("grpc", "grpcs") or not self._address:
             raise InputError(f"url {url!r}: give grpc://host:port, or grpcs://host:port for TLS")
+        if not 1 <= attempts <= 5:  # gRPC would quietly make no more
+            raise InputError(f"attempts is {attempts}; allowed 1 to 5")
         self._model, self._deadline_s = model, deadline_s
         self._headers = {"authorization": f"Bearer {token}"} if token else None
         self._library = _library()

@@ -1,17 +1,22 @@
 """RemoteSession: in-process becomes remote by one line, whatever server of the protocol is behind it."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from servers import Server, free_ports
 from test_session import make
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
 
 import bca_deploy
 from bca_deploy.bundle import Bundle
@@ -142,6 +147,55 @@ def test_a_server_that_is_not_there_is_named_within_the_deadline() -> None:
     remote = RemoteSession(f"grpc://127.0.0.1:{port}", deadline_s=5, attempts=2)
     with remote, pytest.raises(ServerError, match=message):
         remote(**make(1, 4, 3))
+
+
+class Flaky(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A server that is unavailable for the first so many calls; its model gives x back as out."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls = failures, 0
+
+    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802  (the protocol's name)
+        tensor = pb.ModelMetadataResponse.TensorMetadata
+        inputs = [tensor(name="x", datatype="FP32", shape=[-1, -1, 24])]
+        return pb.ModelMetadataResponse(inputs=inputs, outputs=[tensor(name="out", datatype="FP32", shape=[-1, -1, 24])])
+
+    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.calls += 1
+        if self.calls <= self.failures:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+        out = pb.ModelInferResponse.InferOutputTensor(name="out", datatype="FP32", shape=request.inputs[0].shape)
+        return pb.ModelInferResponse(outputs=[out], raw_output_contents=request.raw_input_contents)
+
+
+@contextlib.contextmanager
+def flaky(failures: int) -> Iterator[tuple[Flaky, str]]:
+    servicer, server = Flaky(failures), grpc.server(ThreadPoolExecutor(2))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield servicer, f"grpc://127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def test_an_unavailable_server_is_asked_again_as_often_as_allowed() -> None:
+    x = make(1, 4, 3)["x"]
+    with flaky(failures=2) as (server, url), RemoteSession(url, attempts=3) as remote:
+        (out,) = remote(x)
+        assert np.array_equal(out, x)
+        assert server.calls == 3
+    with flaky(failures=2) as (server, url), RemoteSession(url, attempts=2) as remote:
+        with pytest.raises(ServerError, match=r"the server is not there or went away \(not yet\)"):
+            remote(x)
+        assert server.calls == 2
+
+
+@pytest.mark.parametrize("attempts", [0, 6])
+def test_attempts_that_grpc_would_not_make_are_refused(attempts: int) -> None:
+    with pytest.raises(InputError, match=rf"attempts is {attempts}; allowed 1 to 5"):
+        RemoteSession("grpc://127.0.0.1:1", attempts=attempts)
 
 
 @pytest.mark.parametrize("url", ["localhost:8081", "http://localhost:8080", "grpc://", ""])

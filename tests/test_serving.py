@@ -8,6 +8,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
 from servers import BCA, Server, bca_serve, until
-from test_session import make
+from test_session import bca, make
 from tritonclient.utils import InferenceServerException
 
 import bca_deploy
@@ -355,6 +356,13 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_served(
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_without_kserve_the_error_holds_the_command(monkeypatch: pytest.MonkeyPatch, exported: Bundle) -> None:
+    monkeypatch.setitem(sys.modules, "kserve", None)
+    done = bca("serve", exported.directory)
+    assert done.exit_code == 2
+    assert "kserve is not installed; run: pip install 'bca-deploy[serve]'" in done.output
 
 
 def test_a_bundle_whose_self_test_fails_is_not_served(exported: Bundle, tmp_path: Path) -> None:

@@ -209,18 +209,6 @@ def test_a_kill_under_load_is_a_clear_error_at_the_client_and_a_restart_serves_a
             until(lambda: answered > before + 50)
 
 
-def test_a_call_waits_for_a_server_that_is_just_starting(exported: Bundle, tmp_path: Path) -> None:
-    http, rpc = free_ports(2)
-    with RemoteSession(f"grpc://127.0.0.1:{rpc}", attempts=5) as remote, ThreadPoolExecutor(1) as pool:
-        call = pool.submit(remote.run, make(1, 4, 3))
-        options = ("--http-port", str(http), "--grpc-port", str(rpc))
-        with bca_serve(exported.directory, tmp_path / "log", *options):
-            # gRPC's own backoff between connections may be longer than its retries.
-            with contextlib.suppress(ServerError):
-                call.result()
-            until(lambda: len(quietly(remote, make(1, 4, 3))) == 2)
-
-
 @pytest.mark.slow
 def test_thousands_of_good_requests_need_no_more_memory_than_hundreds(attacked: Server) -> None:
     with RemoteSession(f"grpc://{attacked.grpc}") as remote, ThreadPoolExecutor(4) as pool:
