@@ -131,6 +131,11 @@ class Interface:
     rel_pos_bias: Bias = "none"
     attention_maps: bool = False
 
+    @property
+    def masked(self) -> bool:
+        """Whether it has a mask at all."""
+        return self.mask or self.context_mask
+
     def inputs(self, spec: LayerSpec) -> dict[str, tuple[Axis, ...]]:
         """Return each input's axes by name: an int is fixed, a str is a named dimension."""
         pairs: tuple[Axis, ...] = ("x_len", "context_len")
