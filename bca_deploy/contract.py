@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import InputError, nearest
 from bca_deploy.manifest import TensorEntry
 from bca_deploy.spec import Axis, DimRange, Dims
+from bca_deploy.tensors import numpy_dtype
 
 Array = NDArray[Any]
+AnyArray = Array | DeviceArray
 
 _OPTIONAL = ("mask", "context_mask")
 
@@ -34,7 +37,7 @@ class Contract:
     """
 
     def __init__(self, tensors: Iterable[TensorEntry], dims: Dims, advice: str) -> None:
-        self._inputs = [_Input(t.name, np.dtype(_numpy_name(t.dtype)), t.axes, t.name in _OPTIONAL) for t in tensors]
+        self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
         self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}
         self._advice = advice
@@ -60,18 +63,18 @@ class Contract:
             given[name] = value
         return given
 
-    def check(self, given: Mapping[str, Array], cast: bool = False) -> dict[str, Array]:
+    def check(self, given: Mapping[str, AnyArray], cast: bool = False) -> dict[str, AnyArray]:
         """Return every input as the model takes it; masks that were not given are all true.
 
         Args:
-            given: numpy arrays by name.
+            given: arrays by name, on the CPU or the GPU.
             cast: turn other floating-point dtypes, and masks of 0 and 1, into the model's dtypes.
 
         Raises:
             InputError: naming the input, the axis, what it got, what is allowed and the way out.
         """
         sizes: dict[str, tuple[int, str]] = {}
-        ready: dict[str, Array] = {}
+        ready: dict[str, AnyArray] = {}
         for entry in self._inputs:
             array = given.get(entry.name)
             if array is None:
@@ -113,11 +116,13 @@ class Contract:
                 f"input {entry.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; {self._advice}"
             )
 
-    def _cast(self, entry: _Input, array: Array, cast: bool) -> Array:
+    def _cast(self, entry: _Input, array: AnyArray, cast: bool) -> Array:
         mask = entry.dtype == np.bool_
         possible = array.dtype.kind in ("iu" if mask else "f") or array.dtype.name == "bfloat16"
-        if not cast or not possible:
-            hint = "; cast=True converts it" if possible else ""
+        if not cast or not possible or isinstance(array, DeviceArray):
+            hint = (
+                "; convert it on the GPU" if isinstance(array, DeviceArray) else "; cast=True converts it" if possible else ""
+            )
             raise InputError(f"input {entry.name} has dtype {array.dtype}, and needs {entry.dtype}{hint}")
         if mask and not ((array == 0) | (array == 1)).all():
             raise InputError(
@@ -132,9 +137,3 @@ class Contract:
 
 def _shown(axes: tuple[Axis, ...]) -> str:
     return f"[{', '.join(map(str, axes))}]"
-
-
-def _numpy_name(dtype: str) -> str:
-    if dtype == "bfloat16":
-        import ml_dtypes  # noqa: F401  (gives numpy the name)
-    return dtype

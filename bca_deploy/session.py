@@ -5,7 +5,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +18,14 @@ from bca_deploy import many, selftest, tensors
 from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
 from bca_deploy.contract import Contract
+from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import BcaError, InputError, ParityError
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
-from bca_deploy.metrics import Meter, Metrics
+from bca_deploy.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.spec import Dims, Precision
 
 Array = NDArray[Any]
+AnyArray = Array | DeviceArray
 #: One request of ``run_many``: ``(x, context)``, or with masks ``(x, context, mask, context_mask)``.
 Pair = Sequence[Any]
 Policy = Literal["auto", "alone", "pad"]
@@ -32,13 +33,18 @@ Policy = Literal["auto", "alone", "pad"]
 _log = logging.getLogger("bca_deploy.session")
 
 
-def open_session(
+def open_session(  # noqa: PLR0913  (one parameter per option)
     path: str | Path,
     backend: str = "auto",
     *,
     precision: Precision | None = None,
     threads: int | None = None,
+    contexts: int = 2,
+    cuda_graphs: int = 0,
+    cache: str | Path | None = None,
+    host_code: bool = False,
     verify: Check = "full",
+    on_call: Observer | None = None,
 ) -> "Session":
     """Open a bundle to run it. Needs neither torch nor onnx.
 
@@ -47,27 +53,31 @@ def open_session(
         backend: ``auto`` takes the fastest that works here; a name takes that one or fails.
         precision: of the model; None takes the best that the backend has.
         threads: for onnxruntime on CPU; None takes every core.
+        contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
+        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph; 0 keeps none.
+        cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
+        host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
         verify: how much of the bundle is checked first: every hash, only sizes, or nothing.
+        on_call: called after each call with what it was, on its thread; see :class:`bca_deploy.metrics.Call`.
 
     Returns:
         The session; a context manager.
 
     Raises:
         BundleError: damaged, unsafe or of a newer format.
-        InputError: the backend is not known, or the precision not in the bundle.
+        InputError: the backend is not known, the precision not in the bundle, or a number out of range.
         EngineError: the backend asked for does not work here.
         MissingDependencyError: onnxruntime is not installed.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1, or None for every core")
+    options = Options(precision, threads, contexts, cuda_graphs, Path(cache) if cache else None, host_code)
     bundle = Bundle.open(path, verify)
     try:
-        chosen, explanation = choose(bundle, backend, Options(precision, threads))
+        chosen, explanation = choose(bundle, backend, options)
     except BaseException:
         bundle.close()
         raise
     _log.info("%s: %s", path, explanation)
-    return Session(bundle, chosen, explanation, threads)
+    return Session(bundle, chosen, explanation, threads, on_call)
 
 
 class Session:
@@ -76,13 +86,24 @@ class Session:
     Call it from any number of threads. What comes in decides what goes out: numpy for numpy, torch for torch.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, explanation: Explanation, threads: int | None = None) -> None:
-        self._bundle, self._backend, self._explanation = bundle, backend, explanation
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        explanation: Explanation,
+        threads: int | None = None,
+        on_call: Observer | None = None,
+    ) -> None:
+        self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
+        self._reader = tensors.Reader(backend.gpu)
         advice = "cut the sequence into pieces, or export again with wider dims"
         self._contract = Contract(backend.inputs, backend.dims, advice)
         self._names = tuple(tensor.name for tensor in backend.outputs)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()
+        self._many = many.Many(
+            backend, bundle.manifest.layer.inner_dim, self._workers, self._timed, self._executor, self._meter.pad
+        )
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -114,16 +135,16 @@ class Session:
 
         Args:
             inputs: by name.
-            outputs: an array for every output, C-contiguous, of its dtype and shape.
+            outputs: an array for every output, C-contiguous, of its dtype and shape; on the CPU, or on the session's GPU.
             cast: as for calling the session.
 
         Raises:
             InputError: an input or output that does not fit.
         """
         ready = self._ready(self._contract.bind((), inputs), cast)
-        targets = {name: tensors.as_array(name, array) for name, array in outputs.items()}
+        targets = self._reader.read(outputs)
         self._check_outputs(ready, targets)
-        contiguous = {name: np.ascontiguousarray(array) for name, array in ready.items()}
+        contiguous = {n: a if isinstance(a, DeviceArray) else np.ascontiguousarray(a) for n, a in ready.items()}
         self._timed(lambda given: self._backend.run_into(given, targets), contiguous)
 
     def run_many(self, pairs: Iterable[Pair], *, policy: Policy = "auto", cast: bool = False) -> list[tuple[Any, ...]]:
@@ -147,11 +168,9 @@ class Session:
         given = list(pairs)
         ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
         pads = self._backend.pads if policy == "auto" else policy == "pad"
-        outputs = self._padded(ready) if pads else self._side_by_side(ready)
-        return [
-            tuple(back(outputs[index][name]) for name in self._names)
-            for index, back in enumerate(tensors.back(pair) for pair in given)
-        ]
+        outputs = self._many.padded(ready) if pads else self._many.side_by_side(ready)
+        backs = (tensors.back(pair) for pair in given)
+        return [tuple(back(one[name]) for name in self._names) for one, back in zip(outputs, backs, strict=True)]
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
         """Run the model without blocking the event loop; as for calling the session."""
@@ -226,105 +245,72 @@ class Session:
         self.close()
 
     def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
-        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
+        ready = self._ready(given, cast)
+        if self._backend.gpu is not None and any(isinstance(array, DeviceArray) for array in ready.values()):
+            return self._run_on_gpu(given, ready)
+        outputs, back = self._timed(self._backend.run, ready), tensors.back(given.values())
         return {name: back(outputs[name]) for name in self._names}
 
-    def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, Array]:
+    def _run_on_gpu(self, given: Mapping[str, Any], ready: Mapping[str, AnyArray]) -> dict[str, Any]:
+        made = {
+            tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), tensors.numpy_dtype(tensor.dtype))
+            for tensor in self._backend.outputs
+        }
+        targets = self._reader.read(made)
+        self._timed(lambda inputs: self._backend.run_into(inputs, targets), ready)
+        return made
+
+    def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, AnyArray]:
         if self._closed:
             raise BcaError("the session is closed; open the bundle again")
-        arrays = {name: tensors.as_array(name, value) for name, value in given.items()}
-        return self._contract.check(arrays, cast)
+        return self._contract.check(self._reader.read(given), cast)
 
     def _ready_pair(self, index: int, pair: Pair, cast: bool) -> dict[str, Array]:
         try:
-            return self._ready(self._contract.bind(tuple(pair), {}), cast)
+            ready = self._ready(self._contract.bind(tuple(pair), {}), cast)
+            if any(isinstance(array, DeviceArray) for array in ready.values()):
+                raise InputError("run_many takes arrays on the CPU; call the session for those on the GPU")
         except InputError as error:
             raise InputError(f"pair {index}: {error}") from None
+        return ready  # type: ignore[return-value]  # those of the GPU are refused above
 
-    def _timed(self, run: Any, ready: Mapping[str, Array]) -> Any:
+    def _timed(self, run: Any, ready: Mapping[str, AnyArray]) -> Any:
         start, failed = time.perf_counter(), True
         try:
             result = run(ready)
             failed = False
         finally:
+            seconds = time.perf_counter() - start
             batch, rows = ready["x"].shape[0], ready["x"].shape[1] + ready["context"].shape[1]
-            self._meter.add(time.perf_counter() - start, batch, batch * rows, failed)
+            self._meter.add(seconds, batch, batch * rows, failed)
+            if self._on_call is not None:
+                self._observe(seconds, ready, failed)
         return result
 
-    def _check_outputs(self, ready: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def _observe(self, seconds: float, ready: Mapping[str, AnyArray], failed: bool) -> None:
+        end_ns = time.time_ns()
+        batch, x_len = ready["x"].shape[:2]
+        call = Call(end_ns - round(seconds * 1e9), end_ns, self._backend.name, batch, x_len, ready["context"].shape[1], failed)
+        try:
+            if self._on_call is not None:
+                self._on_call(call)
+        except Exception:  # an observer's mistake must not fail a request
+            _log.exception("on_call failed")
+
+    def _shape(self, tensor: TensorEntry, ready: Mapping[str, AnyArray]) -> tuple[int, ...]:
         sizes = {"batch": ready["x"].shape[0], "x_len": ready["x"].shape[1], "context_len": ready["context"].shape[1]}
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
+
+    def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
         if set(outputs) != set(self._names):
             raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(self._names)}")
         for tensor in self._backend.outputs:
-            wanted = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
-            array = outputs[tensor.name]
-            if (
-                array.shape != wanted
-                or array.dtype != tensor.dtype
-                or not array.flags.c_contiguous
-                or not array.flags.writeable
-            ):
+            wanted, array = self._shape(tensor, ready), outputs[tensor.name]
+            if array.shape != wanted or array.dtype != tensor.dtype or not _takes_writes(array):
                 raise InputError(
                     f"output {tensor.name} is {list(array.shape)} {array.dtype}; a writable, C-contiguous array of "
                     f"{list(wanted)} {tensor.dtype} is needed"
                 )
-
-    def _sizes(self, ready: Sequence[Mapping[str, Array]]) -> list[many.Size]:
-        width = self._bundle.manifest.layer.inner_dim
-        return [many.Size(i, r["x"].shape[0], r["x"].shape[1], r["context"].shape[1], width) for i, r in enumerate(ready)]
-
-    def _side_by_side(self, ready: list[dict[str, Array]]) -> list[dict[str, Array]]:
-        together, alone = many.schedule(self._sizes(ready), self._workers)
-        outputs: dict[int, dict[str, Array]] = {i: self._timed(self._backend.run, ready[i]) for i in together}
-        waiting = deque(alone)
-
-        def work() -> None:
-            while True:
-                try:
-                    index = waiting.popleft()
-                except IndexError:  # nothing is waiting any more
-                    return
-                outputs[index] = self._timed(self._backend.run_alone, ready[index])
-
-        # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
-        helpers = [self._executor().submit(work) for _ in range(min(self._workers, len(alone)) - 1)]
-        try:
-            work()
-        finally:
-            waiting.clear()  # where one request fails, nobody begins another
-            errors = [error for helper in helpers if (error := helper.exception())]
-        if errors:
-            raise errors[0]
-        return [outputs[index] for index in range(len(ready))]
-
-    def _padded(self, ready: list[dict[str, Array]]) -> list[dict[str, Array]]:
-        self._check_padding(ready)
-        outputs: list[dict[str, Array]] = [{} for _ in ready]
-        for group in many.buckets(self._sizes(ready), self._backend.dims.batch.max):
-            batch = self._stack([ready[index] for index in group])
-            stacked = self._timed(self._backend.run, batch)
-            start = 0
-            for index in group:
-                outputs[index] = _cut(stacked, start, ready[index])
-                start += ready[index]["x"].shape[0]
-        return outputs
-
-    def _check_padding(self, ready: list[dict[str, Array]]) -> None:
-        lengths = {(r["x"].shape[1], r["context"].shape[1]) for r in ready}
-        names = set(self._contract.names)
-        if len(lengths) > 1 and not {"mask", "context_mask"} <= names:
-            raise InputError(
-                "pairs of different lengths cannot be padded without masks; export with both masks, or policy='alone'"
-            )
-        if "rel_pos_bias" in names or "attn" in self._names:
-            raise InputError("pairs with a position bias or attention maps cannot be padded; use policy='alone'")
-
-    def _stack(self, group: list[dict[str, Array]]) -> dict[str, Array]:
-        rows = {"x": max(r["x"].shape[1] for r in group), "context": max(r["context"].shape[1] for r in group)}
-        lengths = rows | {"mask": rows["x"], "context_mask": rows["context"]}
-        added = sum(r[n].shape[0] * (rows[n] - r[n].shape[1]) for r in group for n in rows)
-        self._meter.pad(added)
-        return {name: np.concatenate([_pad(r[name], lengths[name]) for r in group]) for name in group[0]}
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -335,13 +321,5 @@ class Session:
             return self._pool
 
 
-def _pad(array: Array, length: int) -> Array:
-    missing = length - array.shape[1]
-    return np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)]) if missing else array
-
-
-def _cut(stacked: Mapping[str, Array], start: int, ready: Mapping[str, Array]) -> dict[str, Array]:
-    """Return one pair's outputs from a padded batch; copies, so that one kept result does not keep the batch."""
-    rows = slice(start, start + ready["x"].shape[0])
-    lengths = {"out": ready["x"].shape[1], "context_out": ready["context"].shape[1]}
-    return {name: stacked[name][rows, :length].copy() for name, length in lengths.items()}
+def _takes_writes(array: AnyArray) -> bool:
+    return isinstance(array, DeviceArray) or (array.flags.c_contiguous and array.flags.writeable)

@@ -1,17 +1,78 @@
-"""Arrays in and out: numpy, torch, and whatever speaks DLPack. Nothing is copied where it lies on the CPU already."""
+"""Arrays in and out: numpy, torch, and whatever speaks DLPack, on the CPU or the GPU. Nothing is copied on its own device."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bca_deploy.cuda import DeviceArray, Gpu
 from bca_deploy.errors import InputError
 
 Array = NDArray[Any]
 #: From a result to what the caller uses.
 Back = Callable[[Array], Any]
+#: What DLPack calls CUDA's memory (DLDeviceType in dlpack.h).
+_DLPACK_CUDA = 2
+
+
+class Reader:
+    """Reads a caller's arrays for one backend; any number of threads may.
+
+    Args:
+        gpu: the backend's; None on the CPU.
+    """
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        self._gpu = gpu
+        self._stream: Any = None
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Array | DeviceArray]:
+        """Return views of the arrays, of those on the backend's GPU with their writers waited for.
+
+        Raises:
+            InputError: on another device, of a dtype that numpy has not, or no array at all.
+        """
+        gpu = self._gpu
+        if gpu is None:
+            return {name: as_array(name, value) for name, value in given.items()}
+        return self._read(gpu, given)
+
+    def _read(self, gpu: Gpu, given: Mapping[str, Any]) -> dict[str, Array | DeviceArray]:
+        found: dict[str, Array | DeviceArray] = {}
+        for name, value in given.items():
+            found[name] = gpu.view(name, _plain(value), self._opened(gpu)) if on_gpu(value) else as_array(name, value)
+        if any(isinstance(array, DeviceArray) for array in found.values()):
+            self._stream.sync()
+        return found
+
+    def make(self, like: Iterable[Any], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Any:
+        """Return a new array on the GPU: a torch tensor where any of ``like`` is one, else one that speaks DLPack."""
+        assert self._gpu is not None  # noqa: S101  (an input was there)
+        self._gpu.enter()
+        torch = sys.modules.get("torch")
+        for value in like:
+            if torch is not None and isinstance(value, torch.Tensor) and on_gpu(value):
+                return torch.empty(shape, dtype=getattr(torch, dtype.name), device=value.device)
+        return self._gpu.empty(shape, dtype)
+
+    def _opened(self, gpu: Gpu) -> Any:
+        gpu.enter()
+        self._stream = self._stream or gpu.stream()
+        return self._stream
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether an array is in CUDA's memory."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        return False
+    return bool(value.__dlpack_device__()[0] == _DLPACK_CUDA)
+
+
+def _plain(value: Any) -> Any:
+    """Return a torch tensor without its gradients, which DLPack does not carry."""
+    return value.detach() if hasattr(value, "detach") else value
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -38,7 +99,7 @@ def as_array(name: str, value: Any) -> Array:
 
 def _from_torch(name: str, value: Any) -> Array:
     if value.device.type != "cpu":
-        raise InputError(f"input {name} is on {value.device}, and this session runs on the CPU; give {name}.cpu()")
+        raise InputError(f"input {name} is on {value.device}, where this session does not run; give {name}.cpu()")
     try:
         array: Array = value.detach().numpy()
     except TypeError as error:  # bfloat16
@@ -63,3 +124,10 @@ def back(values: Iterable[Any]) -> Back:
         convert: Back = torch.from_numpy
         return convert
     return lambda array: array
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return numpy's element type of that name; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
+        import ml_dtypes  # noqa: F401  (gives numpy the name)
+    return np.dtype(name)

@@ -16,8 +16,8 @@ from bca_deploy import engines, nvidia, refitting, selftest
 from bca_deploy.bundle import Bundle
 from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.engine import compile_engine
-from bca_deploy.engine_runner import Session, engine_runner
-from bca_deploy.errors import EngineError, MissingDependencyError
+from bca_deploy.engine_backend import engine_runner
+from bca_deploy.errors import EngineError, InputError, MissingDependencyError
 from bca_deploy.gpus import query
 from bca_deploy.manifest import SELFTEST_FILE, WEIGHTS_FILE, EngineEntry
 from bca_deploy.nvidia import LIBRARIES
@@ -168,12 +168,10 @@ def test_of_two_profiles_the_fitting_one_runs(path: Path, tmp_path: Path, librar
     assert len(entry.profiles) == 2
     verdict = parity(path, entry, tmp_path)
     assert verdict, verdict.failures
-    with Bundle.open(path) as bundle:
-        session = run(bundle, entry)
-        assert isinstance(session, Session)
+    with bca_deploy.open(path, backend=library) as session:
         for length, profile in ((8, 0), (64, 1), (16, 0), (256, 1)):
-            session(edges_of(bundle, entry, whole(length)))
-            assert session.context.active_optimization_profile == profile
+            session.run(whole(length), cast=True)
+            assert session._backend._pool._idle.queue[-1]._context.active_optimization_profile == profile  # type: ignore[attr-defined]
 
 
 def whole(length: int) -> dict[str, np.ndarray]:
@@ -190,7 +188,7 @@ def test_a_static_engine_is_right_and_takes_no_other_shape(path: Path, library: 
     entry = bca_deploy.build(path, **need(library), profiles=[FIXED])
     assert entry.static
     assert failures(path, entry) == []
-    with Bundle.open(path) as bundle, pytest.raises(EngineError, match=r"^no profile of the engine holds x "):
+    with Bundle.open(path) as bundle, pytest.raises(InputError, match=r"^no profile of the engine holds x "):
         run(bundle, entry)(edges_of(bundle, entry, whole(8)))
 
 
@@ -200,7 +198,7 @@ def test_a_call_that_fails_leaves_the_next_one_right(path: Path, library: Engine
     with Bundle.open(path) as bundle:
         runner = run(bundle, entry)
         first = runner(edges_of(bundle, entry, whole(8)))
-        with pytest.raises(EngineError, match=r"^no profile of the engine holds x "):
+        with pytest.raises(InputError, match=r"^no profile of the engine holds x "):
             runner(edges_of(bundle, entry, whole(257)))
         again = runner(edges_of(bundle, entry, whole(8)))
     assert all(np.array_equal(first[name], again[name]) for name in first)

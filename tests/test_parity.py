@@ -1,5 +1,6 @@
 """The verdict: right models pass, five planted defects do not, and NaN never does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from bca_deploy.errors import InputError
 from bca_deploy.lowering import lower
 from bca_deploy.onnx_graph import trace, write
 from bca_deploy.parity import Subject, judge, judge_inputs, refuse_undefined_rows
-from bca_deploy.runners import sharpened_copy
+from bca_deploy.runners import Runner, ort_runner, sharpened_copy
 from bca_deploy.spec import Dims, Interface, Lowering, Precision
 from bca_deploy.truth import allowed_error, roundoff_slack, sharpen, sharpening, true_outputs
 from bca_deploy.verdict import Verdict
@@ -289,3 +290,23 @@ def test_the_graph_for_the_cpu_is_the_layer_whichever_masks_it_has(tmp_path: Pat
     write(trace(lowered, checkpoint.spec, interface, 17, runtime="onnxruntime-cpu"), tmp_path / "cpu.onnx")
     verdict = judge(Subject(tmp_path / "cpu.onnx", checkpoint, interface, Dims(), "fp32", True), "quick")
     assert verdict, verdict.failures
+
+
+def test_parity_judges_what_it_is_given_to_run_on(tmp_path: Path) -> None:
+    subject = subject_of(tmp_path, interface=Interface(), precision="fp16")
+    asked: list[Path] = []
+
+    def runtimes(path: Path) -> dict[str, Runner]:
+        asked.append(path)
+        return {"mine": ort_runner(path)}
+
+    verdict, usual = judge(subject, "quick", runtimes=runtimes), judge(subject, "quick")
+    assert verdict, verdict.failures
+    # The model, and a copy of it with weights for each further sharpness.
+    assert asked[0] == subject.path
+    assert [path.name.partition("-")[0] for path in asked[1:]] == ["sharpened"] * 2
+    assert [replace(r, runtime="onnxruntime") for r in verdict.results] == [
+        r for r in usual.results if r.runtime == "onnxruntime"
+    ]
+    assert usual.notes
+    assert verdict.notes == ()  # they are about the runtimes of the CPU
