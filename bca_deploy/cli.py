@@ -312,7 +312,9 @@ def refit_command(
 
 BackendFlag = Annotated[
     str,
-    typer.Option(help="auto, tensorrt, rtx, onnxruntime-cuda or onnxruntime-cpu; all but auto never fall back."),
+    typer.Option(
+        help="auto, tensorrt, rtx, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-cpu; all but auto never fall back."
+    ),
 ]
 
 
@@ -348,6 +350,42 @@ def run_command(  # noqa: PLR0913  (one parameter per option)
             else:
                 outputs = run(session, read_inputs(inputs or []), output, cast, force)
                 console.show_run(session, outputs, output, as_json)
+
+
+@app.command("bench")
+def bench_command(
+    bundle: BundleArgument,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="BATCHxX_LENxCONTEXT_LEN; again for more. [default: 1x64x64, 1x512x512 and 8x512x512]"),
+    ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="eager, sdpa, compiled, literal, portable or openvino; again for more. [default: all that can run here]"
+        ),
+    ] = None,
+    backend: BackendFlag = "auto",
+    threads: Annotated[int | None, typer.Option(help="That each may use on the CPU. [default: every core]")] = None,
+    seconds: Annotated[float, typer.Option(help="For each contender and shape.")] = 3.0,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Time a bundle's session beside PyTorch and others, one process for each.
+
+    Latency percentiles, throughput, and peak memory; the session is always among them. Exit codes: 0 done, 2 bad input.
+    """
+    with _guarded(verbose):
+        from bca_deploy import console
+        from bca_deploy.bench import bench, parse_shapes
+
+        shapes = parse_shapes(shape or ["1x64x64", "1x512x512", "8x512x512"])
+        with console.progress() as progress:
+            progress.stage("bench")
+            report = bench(
+                bundle, shapes, contender or (), backend=backend, threads=threads, seconds=seconds, progress=progress
+            )
+        console.show_bench(report, as_json)
 
 
 @app.command("doctor")

@@ -114,8 +114,9 @@ class EngineBackend:
         self._lock = threading.Lock()
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
-        """Return the outputs by name."""
-        return self._open().run(inputs)
+        """Return the outputs by name, in the manifest's order, which need not be the engine's."""
+        found = self._open().run(inputs)
+        return {tensor.name: found[tensor.name] for tensor in self.outputs}
 
     def run_into(self, inputs: Arrays, outputs: Arrays) -> None:
         """Write the outputs into the caller's arrays, on the CPU or on the GPU."""

@@ -169,8 +169,7 @@ class Session:
         ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
         pads = self._backend.pads if policy == "auto" else policy == "pad"
         outputs = self._many.padded(ready) if pads else self._many.side_by_side(ready)
-        backs = (tensors.back(pair) for pair in given)
-        return [tuple(back(one[name]) for name in self._names) for one, back in zip(outputs, backs, strict=True)]
+        return [tuple(_back(one, pair).values()) for one, pair in zip(outputs, given, strict=True)]
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
         """Run the model without blocking the event loop; as for calling the session."""
@@ -248,8 +247,7 @@ class Session:
         ready = self._ready(given, cast)
         if self._backend.gpu is not None and any(isinstance(array, DeviceArray) for array in ready.values()):
             return self._run_on_gpu(given, ready)
-        outputs, back = self._timed(self._backend.run, ready), tensors.back(given.values())
-        return {name: back(outputs[name]) for name in self._names}
+        return _back(self._timed(self._backend.run, ready), given.values())
 
     def _run_on_gpu(self, given: Mapping[str, Any], ready: Mapping[str, AnyArray]) -> dict[str, Any]:
         made = {
@@ -274,7 +272,7 @@ class Session:
             raise InputError(f"pair {index}: {error}") from None
         return ready  # type: ignore[return-value]  # those of the GPU are refused above
 
-    def _timed(self, run: Any, ready: Mapping[str, AnyArray]) -> Any:
+    def _timed(self, run: Any, ready: Mapping[str, Any]) -> Any:
         start, failed = time.perf_counter(), True
         try:
             result = run(ready)
@@ -319,6 +317,11 @@ class Session:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="bca-session")
             return self._pool
+
+
+def _back(outputs: dict[str, Array], like: Iterable[Any]) -> dict[str, Any]:
+    back = tensors.back(like)
+    return outputs if back is None else {name: back(array) for name, array in outputs.items()}
 
 
 def _takes_writes(array: AnyArray) -> bool:

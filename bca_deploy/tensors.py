@@ -100,13 +100,13 @@ def as_array(name: str, value: Any) -> Array:
 def _from_torch(name: str, value: Any) -> Array:
     if value.device.type != "cpu":
         raise InputError(f"input {name} is on {value.device}, where this session does not run; give {name}.cpu()")
+    value = value.detach()
+    if str(value.dtype) == "torch.bfloat16":  # numpy has it from ml_dtypes, and torch does not know that
+        return np.asarray(value.view(sys.modules["torch"].int16).numpy().view(numpy_dtype("bfloat16")))
     try:
-        array: Array = value.detach().numpy()
-    except TypeError as error:  # bfloat16
-        raise InputError(
-            f"input {name} has dtype {value.dtype}, which this session cannot take; give {name}.float()"
-        ) from error
-    return array
+        return np.asarray(value.numpy())
+    except TypeError as error:
+        raise InputError(f"input {name} has dtype {value.dtype}, which numpy has not; give {name}.float()") from error
 
 
 def _from_dlpack(name: str, value: Any) -> Array:
@@ -117,13 +117,21 @@ def _from_dlpack(name: str, value: Any) -> Array:
     return array
 
 
-def back(values: Iterable[Any]) -> Back:
-    """Return what turns results into the kind of array that came in: torch where any input was torch, else numpy."""
+def back(values: Iterable[Any]) -> Back | None:
+    """Return what turns results into torch tensors where any input was one; None where they stay numpy arrays."""
     torch = sys.modules.get("torch")
-    if torch is not None and any(isinstance(value, torch.Tensor) for value in values):
-        convert: Back = torch.from_numpy
-        return convert
-    return lambda array: array
+    if torch is not None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                return _to_torch
+    return None
+
+
+def _to_torch(array: Array) -> Any:
+    torch = sys.modules["torch"]
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -190,7 +190,8 @@ def read_network(onnx: Path) -> Network:
     parser = trt.OnnxParser(network, logger)
     assert parser.parse_from_file(str(onnx))
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    tensors = [*inputs, *(network.get_output(index) for index in range(network.num_outputs))]
+    # The last output first: nobody may take them by position.
+    tensors = [*inputs, *(network.get_output(index) for index in reversed(range(network.num_outputs)))]
     return Network({t.name: t.dtype.name for t in tensors}, {t.name: tuple(t.shape) for t in tensors}, [t.name for t in inputs])
 
 

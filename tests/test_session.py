@@ -98,6 +98,19 @@ def test_inputs_that_track_gradients_are_taken_without_them(session: Session) ->
     assert not session(**inputs)[0].requires_grad
 
 
+def test_bfloat16_of_torch_comes_in_and_goes_out_bit_by_bit(session: Session) -> None:
+    from bca_deploy.tensors import as_array, back
+
+    x = torch.randn(1, 3, 24).bfloat16()
+    array = as_array("x", x)
+    assert array.dtype.name == "bfloat16"
+    returned = back([x])
+    assert returned is not None
+    assert torch.equal(returned(array), x)
+    context = torch.randn(1, 2, 16)
+    assert torch.equal(session(x, context, cast=True)[0], session(x.float(), context)[0])
+
+
 def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
     class Foreign:
         def __init__(self, array: np.ndarray) -> None:
@@ -128,7 +141,8 @@ def test_views_that_are_not_contiguous_give_the_same(session: Session) -> None:
     [
         ([[1.0]], "input x is a list; give a numpy array, a torch tensor or another array with __dlpack__"),
         (torch.ones(1, 2, 24, device="meta"), r"input x is on meta, where this session does not run; give x.cpu\(\)"),
-        (torch.ones(1, 2, 24, dtype=torch.bfloat16), r"dtype torch.bfloat16, which this session cannot take; give x.float\(\)"),
+        (torch.ones(1, 2, 24, dtype=torch.bfloat16), "^input x has dtype bfloat16, and needs float32; cast=True converts it$"),
+        (torch.ones(1, 2, 24, dtype=torch.float8_e5m2), r"dtype torch.float8_e5m2, which numpy has not; give x.float\(\)"),
         (np.ones((1, 4096, 24), np.float32), r"axis 1 \(x_len\) is 4096, allowed 1 to 2048; cut the sequence"),
     ],
 )
@@ -245,7 +259,7 @@ def test_a_closed_session_says_so(exported: Bundle) -> None:
 def test_auto_takes_the_graph_made_for_the_cpu_and_says_why_nothing_faster(session: Session) -> None:
     explanation = session.explain()
     assert explanation.chosen.startswith("onnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime")
-    assert [name for name, _ in explanation.passed_over] == ["tensorrt", "rtx", "onnxruntime-cuda"]
+    assert [name for name, _ in explanation.passed_over] == ["tensorrt", "rtx", "onnxruntime-cuda", "onnxruntime-tensorrt"]
     assert "no tensorrt engine; build one: bca build" in str(explanation)
 
 
@@ -389,6 +403,57 @@ def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bun
             with pytest.raises(RuntimeError, match="the fifth"):
                 session.run_many(pairs)
         assert len(session.run_many(pairs)) == 12
+
+
+def test_spans_of_opentelemetry_are_made_of_what_an_observer_is_told(exported: Bundle) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from bca_deploy.metrics import Call
+
+    kept, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    tracer = provider.get_tracer("server")
+
+    def span(call: Call) -> None:
+        made = tracer.start_span("bca", start_time=call.start_ns, attributes={"backend": call.backend, "batch": call.batch})
+        made.end(call.end_ns)
+
+    with bca_deploy.open(exported.directory, on_call=span) as session:
+        with tracer.start_as_current_span("request"):
+            session(**make(2, 3, 4))
+        session.run_many([tuple(make(1, 3, 4).values())] * 3)
+    inner, request, *many = kept.get_finished_spans()
+    assert inner.parent is not None
+    assert inner.parent.span_id == request.context.span_id
+    assert inner.attributes == {"backend": "onnxruntime-cpu", "batch": 2}
+    assert request.start_time <= inner.start_time <= inner.end_time <= request.end_time
+    assert len(many) == 3
+
+
+def test_an_observers_mistake_fails_no_request(exported: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with bca_deploy.open(exported.directory, on_call=lambda call: 1 / 0) as session:
+        assert len(session(**make(1, 2, 3))) == 2
+    assert "on_call failed" in caplog.text
+
+
+def test_an_observer_is_told_of_failures(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    with bca_deploy.open(exported.directory, on_call=told.append) as session:
+        monkeypatch.setattr(session._backend, "run", lambda inputs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session(**make(1, 2, 3))
+    assert [(call.failed, call.x_len, call.context_len) for call in told] == [(True, 2, 3)]
+
+
+def test_shapes_that_were_accepted_are_still_checked_for_everything_else(session: Session) -> None:
+    inputs = make(2, 5, 3)
+    session(**inputs)
+    with pytest.raises(InputError, match="has dtype float64"):
+        session(**inputs | {"x": inputs["x"].astype(np.float64)})
+    with pytest.raises(InputError, match="must agree"):
+        session(**inputs | {"mask": np.ones((2, 4), bool)})
 
 
 def test_a_prometheus_registry_reads_the_metrics(exported: Bundle) -> None:
