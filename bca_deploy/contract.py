@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import InputError, nearest
-from bca_deploy.manifest import TensorEntry
 from bca_deploy.spec import Axis, DimRange, Dims
-from bca_deploy.tensors import numpy_dtype
+
+if TYPE_CHECKING:
+    from bca_deploy.cuda import DeviceArray
+    from bca_deploy.manifest import TensorEntry
 
 Array = NDArray[Any]
-AnyArray = Array | DeviceArray
+AnyArray: TypeAlias = "Array | DeviceArray"
 
 _OPTIONAL = ("mask", "context_mask")
 #: Accepted shapes that are remembered.
@@ -38,7 +39,7 @@ class Contract:
         advice: what to do where a size is refused; goes into the error.
     """
 
-    def __init__(self, tensors: Iterable[TensorEntry], dims: Dims, advice: str) -> None:
+    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str) -> None:
         self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
         self._dtypes = [(entry.name, entry.dtype) for entry in self._inputs]
@@ -146,10 +147,9 @@ class Contract:
     def _cast(self, entry: _Input, array: AnyArray, cast: bool) -> Array:
         mask = entry.dtype == np.bool_
         possible = array.dtype.kind in ("iu" if mask else "f") or array.dtype.name == "bfloat16"
-        if not cast or not possible or isinstance(array, DeviceArray):
-            hint = (
-                "; convert it on the GPU" if isinstance(array, DeviceArray) else "; cast=True converts it" if possible else ""
-            )
+        if not cast or not possible or not isinstance(array, np.ndarray):
+            way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
+            hint = way_out if possible else ""
             raise InputError(f"input {entry.name} has dtype {array.dtype}, and needs {entry.dtype}{hint}")
         if mask and not ((array == 0) | (array == 1)).all():
             raise InputError(
@@ -164,3 +164,10 @@ class Contract:
 
 def _shown(axes: tuple[Axis, ...]) -> str:
     return f"[{', '.join(map(str, axes))}]"
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return numpy's element type of that name; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
+        import ml_dtypes  # noqa: F401  (gives numpy the name)
+    return np.dtype(name)

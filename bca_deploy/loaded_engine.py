@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bca_deploy import nvidia
+from bca_deploy.contract import numpy_dtype
 from bca_deploy.engines import DTYPES
 from bca_deploy.errors import EngineError
 from bca_deploy.profiles import Ranges, Shapes
 from bca_deploy.spec import EngineLibrary
-from bca_deploy.tensors import numpy_dtype
 
 if TYPE_CHECKING:
     import tensorrt

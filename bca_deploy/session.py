@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bca_deploy import many, selftest, tensors
 from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
-from bca_deploy.contract import Contract
+from bca_deploy.contract import Contract, numpy_dtype
 from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import BcaError, InputError, ParityError
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
@@ -76,7 +76,7 @@ def open_session(  # noqa: PLR0913  (one parameter per option)
     except BaseException:
         bundle.close()
         raise
-    _log.info("%s: %s", path, explanation)
+    _log.info("%s: %s", path, explanation, extra={"bundle": str(path), "backend": chosen.name, "precision": chosen.precision})
     return Session(bundle, chosen, explanation, threads, on_call)
 
 
@@ -251,7 +251,7 @@ class Session:
 
     def _run_on_gpu(self, given: Mapping[str, Any], ready: Mapping[str, AnyArray]) -> dict[str, Any]:
         made = {
-            tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), tensors.numpy_dtype(tensor.dtype))
+            tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), numpy_dtype(tensor.dtype))
             for tensor in self._backend.outputs
         }
         targets = self._reader.read(made)

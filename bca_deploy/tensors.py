@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bca_deploy.contract import numpy_dtype
 from bca_deploy.cuda import DeviceArray, Gpu
 from bca_deploy.errors import InputError
 
@@ -132,10 +133,3 @@ def _to_torch(array: Array) -> Any:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return numpy's element type of that name; bfloat16 is ml_dtypes'."""
-    if name == "bfloat16":
-        import ml_dtypes  # noqa: F401  (gives numpy the name)
-    return np.dtype(name)

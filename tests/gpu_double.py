@@ -22,12 +22,12 @@ import onnxruntime
 import pytest
 
 from bca_deploy import engine_backend, loaded_engine, nvidia, ort_backend
+from bca_deploy.contract import numpy_dtype
 from bca_deploy.cuda import DeviceArray, Launch
 from bca_deploy.errors import InputError
 from bca_deploy.gpus import Gpus
 from bca_deploy.manifest import EngineEntry, GpuEntry
 from bca_deploy.profiles import Ranges, shapes
-from bca_deploy.tensors import numpy_dtype
 
 Shape = tuple[int, ...]
 Work = Callable[[], None]

@@ -432,6 +432,15 @@ def test_spans_of_opentelemetry_are_made_of_what_an_observer_is_told(exported: B
     assert len(many) == 3
 
 
+def test_opening_logs_one_line_with_its_parts_and_calls_log_nothing(exported: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "bca_deploy"), bca_deploy.open(exported.directory) as session:
+        session(**make(1, 2, 3))
+        session.run_many([tuple(make(1, 2, 3).values())] * 3)
+    (record,) = caplog.records
+    assert "not tensorrt: " in record.getMessage()
+    assert (record.backend, record.precision) == ("onnxruntime-cpu", "fp32")  # type: ignore[attr-defined]
+
+
 def test_an_observers_mistake_fails_no_request(exported: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     with bca_deploy.open(exported.directory, on_call=lambda call: 1 / 0) as session:
         assert len(session(**make(1, 2, 3))) == 2
