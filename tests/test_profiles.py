@@ -9,7 +9,7 @@ from conftest import make_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.cli import _range
+from bca_deploy.cli_common import read_range
 from bca_deploy.errors import InputError
 from bca_deploy.manifest import TensorEntry
 from bca_deploy.profiles import Ranges, choose_profile, is_static, resolve, shapes
@@ -82,7 +82,7 @@ def test_a_range_outside_the_dims_is_refused_with_both_and_both_ways_out(name: s
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         resolve((ProfileTable(), ProfileTable(**{name: asked})), DIMS)
-    assert DimRange(**(_range(message.rpartition(" ")[2]) or {})) == asked  # the flag is one that the command line reads
+    assert DimRange(**(read_range(message.rpartition(" ")[2]) or {})) == asked  # the flag is one that the command line reads
 
 
 @pytest.mark.parametrize("again", [ProfileTable(), ProfileTable(**vars(DIMS))])
