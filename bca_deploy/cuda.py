@@ -67,6 +67,10 @@ class Memory(Protocol):
 class Gpu(Protocol):
     """One GPU. What takes a stream only enqueues; waiting is the stream's."""
 
+    @property
+    def capability(self) -> str:
+        """Its compute capability, such as ``sm89``."""
+
     def enter(self) -> None:
         """Make this GPU the calling thread's; every thread does that before it uses anything else here."""
 
@@ -136,6 +140,12 @@ class CudaCore:
 
     def __init__(self, device: "cuda.core.Device") -> None:
         self.device = device
+
+    @property
+    def capability(self) -> str:
+        """As CUDA counts its devices, which need not be the driver's order."""
+        major, minor = self.device.compute_capability
+        return f"sm{major}{minor}"
 
     def enter(self) -> None:
         """Make the device's primary context, which torch and onnxruntime use too, the thread's."""

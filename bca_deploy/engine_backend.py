@@ -150,9 +150,8 @@ def open_engine(library: EngineLibrary, bundle: Bundle, options: Options) -> Eng
     engines.of_library(bundle, library, options.precision)
     if not (gpus := query()).found:
         raise EngineError(f"no GPU: {gpus.why_none}")
-    version = str(nvidia.load(library).__version__)
-    entry, path = engines.usable(bundle, library, version, gpus.found[0].compute_capability, options.precision)
-    gpu = open_gpu()
+    version, gpu = str(nvidia.load(library).__version__), open_gpu()
+    entry, path = engines.usable(bundle, library, version, gpu.capability, options.precision)
     cache = options.cache / f"{path.stem}.runtime-cache" if options.cache else None
     loaded = load_engine(path, library, EngineOptions(options.host_code, cache))
     _check_profiles(entry, loaded, engines.rebuild_command(entry, bundle.source))

@@ -115,7 +115,9 @@ class Lane:
         self._set_shapes(context, profile, shapes)
         made = {name: shape_of(context.get_tensor_shape(name)) for name in self._engine.outputs}
         places = {name: self._place(name, shape, outputs.get(name)) for name, shape in made.items()}
-        context.set_device_memory(self._address("scratch", self._engine.scratch_bytes), self._engine.scratch_bytes)
+        if self._engine.scratch_bytes:
+            scratch = self._buffer("scratch", self._engine.scratch_bytes)
+            context.set_device_memory(int(scratch.handle), self._engine.scratch_bytes)
         for name, address in (*addresses.items(), *places.items()):
             self._need(context.set_tensor_address(name, address), f"the address of {name}")
         self._need(context.execute_async_v3(int(self._stream.handle)), "the call")
@@ -190,9 +192,6 @@ class Lane:
             self._buffers.pop(name, None)  # before the larger one is made
             memory = self._buffers[name] = self._gpu.allocate(size, self._stream)
         return memory
-
-    def _address(self, name: str, size: int) -> int:
-        return int(self._buffer(name, size).handle) if size else 0
 
     def _forget(self) -> None:
         """Drop what is in an unknown state, when nothing of the failed call is under way any more."""

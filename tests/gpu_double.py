@@ -73,7 +73,8 @@ class DeviceTensor:
 class HostGpu:
     """The narrow interface of :mod:`bca_deploy.cuda`, in host memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: str) -> None:
+        self.capability = capability
         self.live: weakref.WeakSet[Memory] = weakref.WeakSet()
         self.foreign: list[np.ndarray] = []
         self.streams: dict[int, Stream] = {}
@@ -336,7 +337,7 @@ def machine(
     monkeypatch: pytest.MonkeyPatch, directory: Path, entry: EngineEntry, capability: str = "sm89", runtime_cache: Any = None
 ) -> Machine:
     """Make this machine one with a GPU on which engines open, and a bundle's engine one that computes its model."""
-    real, found = nvidia.load("rtx"), Machine(HostGpu(), [])
+    real, found = nvidia.load("rtx"), Machine(HostGpu(capability), [])
     network = read_network(directory / entry.model)
 
     class Runtime:

@@ -69,7 +69,8 @@ def test_what_cuda_raises_is_told_in_one_line() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "Device.set_current Device.create_stream Device.allocate Device.default_stream Device.device_id",
+        "Device.set_current Device.create_stream Device.allocate Device.default_stream",
+        "Device.device_id Device.compute_capability",
         "Stream.sync Stream.handle Stream.create_graph_builder",
         "Buffer.from_handle Buffer.copy_from Buffer.fill Buffer.handle Buffer.size",
         "graph.GraphBuilder.begin_building graph.GraphBuilder.end_building graph.GraphBuilder.complete graph.Graph.launch",

@@ -64,7 +64,7 @@ NOT_THEIRS = frozenset(
         r"\w+",
         """array buffer copy error events file found given inputs inside made meter msg nvidia options partial path profiles
         ranges request said self shapes signal target torch weights accepted addresses graph inputs key launch memory outputs
-        places ready same size gpu""",
+        places ready same scratch size gpu""",
     )
 )
 # What a method returns or a property holds, where something is taken from it in turn.

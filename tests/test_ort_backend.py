@@ -70,7 +70,7 @@ class Ort:
 
 @pytest.fixture
 def ort(monkeypatch: pytest.MonkeyPatch) -> Ort:
-    found, gpu = Ort(ort_backend.onnxruntime()), HostGpu()
+    found, gpu = Ort(ort_backend.onnxruntime()), HostGpu("sm90")
     monkeypatch.setattr(ort_backend, "onnxruntime", lambda: found)
     monkeypatch.setattr(ort_backend, "open_gpu", lambda: gpu)
     gpus = Gpus((GpuEntry(name="Double", compute_capability="sm90", driver="1"),), "13.0")
