@@ -32,7 +32,7 @@ class Backend(Protocol):
         precision: of what runs.
         what: the file that runs and what runs it, in a few words.
         inputs: what it takes; ``outputs`` what it gives.
-        dims: the sizes that it takes.
+        dims: the sizes that it takes; ``profiles`` the combinations of them, where not every one will do.
         pads: whether many requests of different lengths are faster padded into batches than side by side.
         gpu: where it runs; None on the CPU.
     """
@@ -43,6 +43,7 @@ class Backend(Protocol):
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     dims: Dims
+    profiles: tuple[Dims, ...]
     pads: bool
     gpu: Gpu | None
 
@@ -55,8 +56,11 @@ class Backend(Protocol):
     def run_alone(self, inputs: Arrays) -> dict[str, Array]:
         """Return the outputs, using the calling thread alone, for callers that run many at once."""
 
+    def warm(self, inputs: Arrays) -> None:
+        """Run once wherever a later call may run."""
+
     def close(self) -> None:
-        """Free what it holds."""
+        """Free what it holds; calls that are under way end as they would have."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Options:
         precision: of the model; None takes the best that the backend has.
         threads: for onnxruntime on CPU; None takes every core.
         contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
-        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph; 0 keeps none.
+        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
         cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
         host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
 
@@ -186,13 +190,26 @@ def _cpu(bundle: Bundle, options: Options) -> Backend:
 def _portable(bundle: Bundle, options: Options, order: tuple[Precision, ...]) -> ModelEntry:
     models = {model.precision: model for model in bundle.manifest.models if model.runtime == "portable"}
     for precision in (options.precision,) if options.precision else order:
-        if precision in models:
-            return models[precision]
+        if precision in models and (options.precision or _has_numpy_edges(models[precision])):
+            return _with_numpy_edges(models[precision])
     has = ", ".join(models)
     raise InputError(
         f"precision {options.precision or ' or '.join(order)} is not in the bundle, which has {has}; export it with "
         f"--precision {options.precision or order[0]}"
     )
+
+
+def _with_numpy_edges(model: ModelEntry) -> ModelEntry:
+    if not _has_numpy_edges(model):
+        raise InputError(
+            f"{model.file} takes bfloat16, which onnxruntime does not take from numpy; export it with --keep-io-types, or "
+            "choose another precision"
+        )
+    return model
+
+
+def _has_numpy_edges(model: ModelEntry) -> bool:
+    return all(tensor.dtype != "bfloat16" for tensor in (*model.inputs, *model.outputs))
 
 
 _OPENERS: dict[str, Callable[[Bundle, Options], Backend]] = {

@@ -20,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy import contenders
+from bca_deploy.backends import Options
 from bca_deploy.bundle import Bundle
 from bca_deploy.contenders import NAMES, Name, contender, write_literal
+from bca_deploy.contract import shape_of
 from bca_deploy.errors import BcaError, InputError, nearest
 from bca_deploy.manifest import Manifest
 from bca_deploy.progress import Progress
+from bca_deploy.spec import Axis
 
 Array = NDArray[Any]
 Shape = tuple[int, int, int]
@@ -76,14 +79,13 @@ class Report:
 
 
 def inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
-    """Return seeded inputs of a padded batch: every row keeps at least three quarters of its positions."""
-    rng, (batch, x_len, context_len) = np.random.default_rng(0), shape
-    sizes = {"batch": batch, "x_len": x_len, "context_len": context_len}
+    """Return seeded inputs of a padded batch: every row keeps three quarters of its positions or more."""
+    rng, sizes = np.random.default_rng(0), dict(zip(("batch", "x_len", "context_len"), shape, strict=True))
 
-    def one(name: str, axes: Sequence[str | int]) -> Array:
-        found = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+    def one(name: str, axes: tuple[Axis, ...]) -> Array:
+        found = shape_of(axes, sizes)
         if name.endswith("mask"):
-            return np.asarray(np.arange(found[1]) < rng.integers(found[1] * 3 // 4, found[1] + 1, size=(found[0], 1)))
+            return np.asarray(np.arange(found[1]) < rng.integers((3 * found[1] + 3) // 4, found[1] + 1, size=(found[0], 1)))
         return rng.standard_normal(found).astype(np.float32)
 
     return {name: one(name, axes) for name, axes in manifest.interface.inputs(manifest.layer).items()}
@@ -114,6 +116,7 @@ def bench(
         InputError: an unknown contender, or a shape outside the bundle's dims.
         BcaError: a contender failed; with its last words.
     """
+    Options(threads=threads)  # refuses what no session takes
     allowed = threads or len(os.sched_getaffinity(0))
     with Bundle.open(path) as bundle, tempfile.TemporaryDirectory(prefix="bca-bench-") as scratch:
         left_out = _left_out(names, bundle.manifest)

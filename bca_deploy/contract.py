@@ -37,15 +37,16 @@ class Contract:
         tensors: the model's inputs, in order.
         dims: the sizes that the named dimensions may take.
         advice: what to do where a size is refused; goes into the error.
+        profiles: the combinations of sizes, where not every one within ``dims`` will do.
     """
 
-    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str) -> None:
+    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str, profiles: tuple[Dims, ...] = ()) -> None:
         self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
         self._dtypes = [(entry.name, entry.dtype) for entry in self._inputs]
         self._accepted: set[tuple[tuple[int, ...], ...]] = set()
         self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}
-        self._advice = advice
+        self._advice, self._profiles = advice, profiles
 
     def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs by name; ``None`` counts as not given.
@@ -101,22 +102,33 @@ class Contract:
         return tuple(found)
 
     def _checked(self, given: Mapping[str, AnyArray], cast: bool) -> dict[str, AnyArray]:
-        sizes: dict[str, tuple[int, str]] = {}
+        sizes = self._sizes(given)  # of all, before anything is made of any
         ready: dict[str, AnyArray] = {}
         for entry in self._inputs:
             array = given.get(entry.name)
             if array is None:
-                if not entry.optional:
-                    raise InputError(f"input {entry.name} is missing; the model takes {', '.join(self.names)}")
-                continue
-            if array.dtype != entry.dtype:
-                array = self._cast(entry, array, cast)
-            self._check_shape(entry, array.shape, sizes)
-            ready[entry.name] = array
-        for entry in self._inputs:
-            if entry.name not in ready:
-                ready[entry.name] = np.ones([sizes[str(axis)][0] for axis in entry.axes], np.bool_)
+                ready[entry.name] = np.ones(shape_of(entry.axes, sizes), np.bool_)
+            else:
+                ready[entry.name] = array if array.dtype == entry.dtype else self._cast(entry, array, cast)
         return ready
+
+    def _sizes(self, given: Mapping[str, AnyArray]) -> dict[str, int]:
+        """Return the size of each named dimension, checked against everything that is known of it."""
+        found: dict[str, tuple[int, str]] = {}
+        for entry in self._inputs:
+            array = given.get(entry.name)
+            if array is not None:
+                self._check_shape(entry, array.shape, found)
+            elif not entry.optional:
+                raise InputError(f"input {entry.name} is missing; the model takes {', '.join(self.names)}")
+        sizes = {name: size for name, (size, _) in found.items()}
+        if self._profiles and not any(profile.holds(sizes) for profile in self._profiles):
+            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(
+                f"no optimization profile of the engine holds {got}; it has {'; or '.join(map(str, self._profiles))}; "
+                "pad, split the batch, or build the engine with a profile for it"
+            )
+        return sizes
 
     def _check_shape(self, entry: _Input, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
         if len(shape) != len(entry.axes):
@@ -151,15 +163,24 @@ class Contract:
             way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
             hint = way_out if possible else ""
             raise InputError(f"input {entry.name} has dtype {array.dtype}, and needs {entry.dtype}{hint}")
-        if mask and not ((array == 0) | (array == 1)).all():
-            raise InputError(
-                f"input {entry.name}: a mask of integers must hold 0 and 1 alone, and its largest is {array.max()}"
-            )
+        if mask and (others := array[(array != 0) & (array != 1)]).size:
+            raise InputError(f"input {entry.name}: a mask of integers must hold 0 and 1 alone, and it holds {others[0]}")
         with np.errstate(over="ignore"):  # checked below, with a better message
             converted = array.astype(entry.dtype)
-        if not mask and np.isfinite(array).all() and not np.isfinite(converted).all():
-            raise InputError(f"input {entry.name} holds {np.abs(array).max():.3g}, more than {entry.dtype} can; scale it down")
+        if not mask and (over := np.isfinite(array) & ~np.isfinite(converted)).any():
+            largest = np.abs(array[over]).max()
+            raise InputError(f"input {entry.name} holds {largest:.3g}, more than {entry.dtype} can; scale it down")
         return converted
+
+
+def shape_of(axes: tuple[Axis, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return a tensor's shape: a number is fixed, a name stands for its size."""
+    return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes)
+
+
+def sizes_of(inputs: "Mapping[str, AnyArray]") -> dict[str, int]:
+    """Return the size of each named dimension of a checked call."""
+    return {"batch": inputs["x"].shape[0], "x_len": inputs["x"].shape[1], "context_len": inputs["context"].shape[1]}
 
 
 def _shown(axes: tuple[Axis, ...]) -> str:

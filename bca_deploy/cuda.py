@@ -4,7 +4,7 @@ Everything that touches CUDA goes through :class:`Gpu`, so that the rest is test
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,9 +86,6 @@ class Gpu(Protocol):
     def download(self, array: Array, memory: Any, stream: Any) -> None:
         """Copy from the GPU into a C-contiguous array."""
 
-    def copy(self, memory: Any, source: DeviceArray, stream: Any) -> None:
-        """Copy on the GPU."""
-
     def poison(self, memory: Any, stream: Any) -> None:
         """Make every float in it NaN."""
 
@@ -144,7 +141,8 @@ class CudaCore:
     @property
     def capability(self) -> str:
         """As CUDA counts its devices, which need not be the driver's order."""
-        major, minor = self.device.compute_capability
+        with failing_as("asking for the compute capability"):
+            major, minor = self.device.compute_capability
         return f"sm{major}{minor}"
 
     def enter(self) -> None:
@@ -167,13 +165,6 @@ class CudaCore:
         """Copy from the GPU."""
         _host(array).copy_from(_part(memory, array.nbytes), stream=stream)
 
-    def copy(self, memory: "cuda.core.Buffer", source: DeviceArray, stream: "cuda.core.Stream") -> None:
-        """Copy on the GPU."""
-        from cuda.core import Buffer
-
-        size = int(np.prod(source.shape)) * source.dtype.itemsize
-        _part(memory, size).copy_from(Buffer.from_handle(source.address, size, owner=source.owner), stream=stream)
-
     def poison(self, memory: "cuda.core.Buffer", stream: "cuda.core.Stream") -> None:
         """Set every bit: a NaN in every floating-point format here."""
         memory.fill(0xFF, stream=stream)
@@ -184,8 +175,11 @@ class CudaCore:
         builder.begin_building(mode="thread_local")
         try:
             enqueue()
-        finally:
-            builder.end_building()
+        except BaseException:
+            with suppress(Exception):  # the stream must not stay in capture, and the first error is the one to tell
+                builder.end_building()
+            raise
+        builder.end_building()
         graph = builder.complete()
         return lambda: graph.launch(stream)
 
@@ -195,14 +189,9 @@ class CudaCore:
 
         try:
             seen = StridedMemoryView.from_dlpack(value, stream_ptr=int(stream.handle))
-            found = DeviceArray(seen.ptr, tuple(seen.shape), np.dtype(seen.dtype), (seen, value))
+            return array_of(name, seen, value, self.device.device_id)
         except (BufferError, RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(f"input {name}, a {type(value).__name__}, does not come as a GPU array: {error}") from error
-        if seen.device_id != self.device.device_id:
-            raise InputError(f"input {name} is on GPU {seen.device_id}, and this session runs on {self.device.device_id}")
-        if seen.strides is not None and tuple(seen.strides) != _row_major(found.shape):
-            raise InputError(f"input {name} has gaps between its elements; give a C-contiguous array")
-        return found
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Return a ``cuda.core`` view, from which cupy, torch and jax take over by DLPack."""
@@ -227,9 +216,25 @@ def _part(memory: "cuda.core.Buffer", size: int) -> "cuda.core.Buffer":
     return memory if memory.size == size else Buffer.from_handle(int(memory.handle), size, owner=memory)
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
+def array_of(name: str, seen: Any, owner: Any, device: int) -> DeviceArray:
+    """Return what cuda-core sees of an array.
+
+    Raises:
+        InputError: on another device, or with gaps between its elements.
+    """
+    if seen.device_id != device:
+        raise InputError(f"input {name} is on GPU {seen.device_id}, and this session runs on {device}; move it there")
+    shape = tuple(seen.shape)
+    if seen.strides is not None and not _row_major(shape, tuple(seen.strides)):
+        raise InputError(f"input {name} has gaps between its elements; give a C-contiguous array")
+    return DeviceArray(seen.ptr, shape, np.dtype(seen.dtype), (seen, owner))
+
+
+def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie one after another; where an axis has one, its stride means nothing."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return False
         step *= size
-    return tuple(reversed(strides))
+    return True

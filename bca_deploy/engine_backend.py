@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bca_deploy import engines, nvidia
 from bca_deploy.backends import Arrays, Name, Options
 from bca_deploy.bundle import Bundle
-from bca_deploy.cuda import Gpu, open_gpu
+from bca_deploy.cuda import Gpu, failing_as, open_gpu
 from bca_deploy.engine_lane import Lane
 from bca_deploy.errors import EngineError
 from bca_deploy.gpus import query
@@ -41,10 +41,10 @@ class LanePool:
     """
 
     def __init__(self, engine: LoadedEngine, gpu: Gpu, lanes: int = 1, graphs: int = 0, poison: bool = False) -> None:
-        self.engine, self.gpu, self._graphs, self._poison = engine, gpu, graphs, poison
+        self.engine, self.gpu, self._lanes, self._graphs, self._poison = engine, gpu, lanes, graphs, poison
         # The one used last comes first: its buffers are warm, and lanes that load does not ask for are never made.
         self._idle: LifoQueue[Lane | None] = LifoQueue()
-        for lane in (*[None] * (lanes - 1), self._make()):
+        for lane in (*[None] * (lanes - 1), self._make()):  # one now, to know that the engine runs here
             self._idle.put(lane)
 
     def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, Array]:
@@ -62,9 +62,24 @@ class LanePool:
         finally:
             self._idle.put(lane)
 
+    def warm(self, inputs: Arrays) -> None:
+        """Run once on every lane."""
+        taken = [self._idle.get() for _ in range(self._lanes)]
+        try:
+            for index, lane in enumerate(taken):
+                taken[index] = lane or self._make()
+                taken[index].run(inputs)  # type: ignore[union-attr]
+        finally:
+            for lane in taken:
+                self._idle.put(lane)
+        self.engine.save()
+
     def _make(self) -> Lane:
-        self.gpu.enter()
-        return Lane(self.engine, self.gpu, self._graphs, self._poison)
+        with failing_as("preparing the engine"):
+            self.gpu.enter()
+            lane = Lane(self.engine, self.gpu, self._graphs, self._poison)
+            lane.prepare()
+            return lane
 
 
 def engine_runner(path: Path, library: EngineLibrary, *, host_code: bool = False) -> "Runner":
@@ -107,7 +122,8 @@ class EngineBackend:
     def __init__(self, entry: EngineEntry, pool: LanePool) -> None:
         self.name: Name = entry.library
         self.precision = entry.precision
-        self.inputs, self.outputs, self.dims = entry.inputs, entry.outputs, hull(entry.profiles)
+        self.inputs, self.outputs = entry.inputs, entry.outputs
+        self.profiles, self.dims = entry.profiles, hull(entry.profiles)
         self.what = f"{entry.file} on {entry.library} {entry.version}"
         self.gpu: Gpu | None = pool.gpu
         self._pool: LanePool | None = pool
@@ -126,12 +142,16 @@ class EngineBackend:
         """Return the outputs: on a GPU there is no other way to run."""
         return self.run(inputs)
 
+    def warm(self, inputs: Arrays) -> None:
+        """Run once in every context."""
+        self._open().warm(inputs)
+
     def close(self) -> None:
         """Write the runtime cache and let go of the engine; it is freed when the last call is done."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool:
-            pool.engine.close()
+            pool.engine.save()
 
     def _open(self) -> LanePool:
         pool = self._pool
@@ -152,8 +172,9 @@ def open_engine(library: EngineLibrary, bundle: Bundle, options: Options) -> Eng
         raise EngineError(f"no GPU: {gpus.why_none}")
     version, gpu = str(nvidia.load(library).__version__), open_gpu()
     entry, path = engines.usable(bundle, library, version, gpu.capability, options.precision)
-    cache = options.cache / f"{path.stem}.runtime-cache" if options.cache else None
-    loaded = load_engine(path, library, EngineOptions(options.host_code, cache))
+    digest = bundle.manifest.files[entry.file].sha256[:16]  # bundles may share a cache directory
+    cache = options.cache / f"{path.stem}-{digest}.runtime-cache" if options.cache else None
+    loaded = load_engine(path, library, EngineOptions(options.host_code, cache, options.cuda_graphs > 0))
     _check_profiles(entry, loaded, engines.rebuild_command(entry, bundle.source))
     return EngineBackend(entry, LanePool(loaded, gpu, options.contexts, options.cuda_graphs))
 

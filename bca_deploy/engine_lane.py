@@ -34,7 +34,7 @@ class _Graph:
 
     Attributes:
         context: what it was captured from, kept as it was then.
-        launch: replays it; None where a replay did not give what the call itself gave.
+        launch: replays it; None where it cannot be captured, or a replay did not give what the call itself gave.
         shapes: of the outputs.
     """
 
@@ -78,18 +78,26 @@ class Lane:
         self._gpu.enter()
         # Held here until the work is done: copies may still read from them after they are enqueued.
         ready = {n: a if isinstance(a, DeviceArray) else np.ascontiguousarray(a) for n, a in inputs.items()}
+        shapes = {name: tuple(ready[name].shape) for name in self._engine.inputs}
+        profile = choose_profile(self._engine.profiles, shapes)
         try:
             with failing_as("the call"):
-                return self._run(ready, outputs or {})
+                return self._run(profile, shapes, ready, outputs or {})
         except BaseException:
             self._forget()
             raise
 
-    def _run(self, inputs: Arrays, outputs: Arrays) -> dict[str, Array]:
-        shapes = {name: tuple(inputs[name].shape) for name in self._engine.inputs}
-        profile = choose_profile(self._engine.profiles, shapes)
+    def prepare(self) -> None:
+        """Make the context and its memory, to know that they are to be had."""
+        self._context = self._engine.context()
+        if self._engine.scratch_bytes:
+            self._buffer("scratch", self._engine.scratch_bytes)
+
+    def _run(self, profile: int, shapes: Mapping[str, Shape], inputs: Arrays, outputs: Arrays) -> dict[str, Array]:
         addresses = {name: self._in(name, inputs[name]) for name in self._engine.inputs}
-        if self._limit and not any(isinstance(array, DeviceArray) for array in outputs.values()):
+        # A graph finds everything where it was, so it is no use for arrays that are wherever their owner has them.
+        on_gpu = any(isinstance(array, DeviceArray) for array in (*inputs.values(), *outputs.values()))
+        if self._limit and not on_gpu:
             return self._replayed(profile, shapes, addresses, outputs)
         if self._context is None:
             self._context = self._engine.context()
@@ -97,15 +105,11 @@ class Lane:
         return self._out(made, outputs)
 
     def _in(self, name: str, array: Array | DeviceArray) -> int:
-        """Return where the engine finds an input; a graph finds everything where it was."""
+        """Return where the engine finds an input."""
         if isinstance(array, DeviceArray):
-            if not self._limit:
-                return array.address
-            memory = self._buffer(name, int(np.prod(array.shape)) * array.dtype.itemsize)
-            self._gpu.copy(memory, array, self._stream)
-        else:
-            memory = self._buffer(name, array.nbytes)
-            self._gpu.upload(memory, array, self._stream)
+            return array.address
+        memory = self._buffer(name, array.nbytes)
+        self._gpu.upload(memory, array, self._stream)
         return int(memory.handle)
 
     def _enqueue(
@@ -172,17 +176,25 @@ class Lane:
         context = self._engine.context()
         made = self._enqueue(context, profile, shapes, addresses, {})
         first = self._out(made, outputs)
-        enqueue = lambda: self._need(context.execute_async_v3(int(self._stream.handle)), "the capture")  # noqa: E731
-        launch = self._gpu.capture(self._stream, enqueue)
-        launch()
-        again = self._out(made, {})
-        same = all(np.array_equal(first[name], again[name], equal_nan=True) for name in made)
-        if not same:
-            _log.warning("the CUDA graph of %s does not repeat its call; these shapes run without one", dict(shapes))
-        self._graphs[key] = _Graph(context, launch if same else None, made)
+        try:
+            launch = self._capture(context)
+            launch()
+            again = self._out(made, {})
+            if any(not np.array_equal(first[name], again[name], equal_nan=True) for name in made):
+                raise EngineError("it does not repeat its call")
+            self._graphs[key] = _Graph(context, launch, made)
+        except Exception as error:  # the call itself is done and right
+            _log.warning("no CUDA graph of %s: %s; these shapes run without one", dict(shapes), error)
+            self._graphs[key] = _Graph(context, None, made)
         if len(self._graphs) > self._limit:
             self._graphs.popitem(last=False)
         return first
+
+    def _capture(self, context: Any) -> Launch:
+        handle = int(self._stream.handle)
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(handle):  # TensorRT-RTX tells
+            raise EngineError("the library cannot capture it")
+        return self._gpu.capture(self._stream, lambda: self._need(context.execute_async_v3(handle), "the capture"))
 
     def _buffer(self, name: str, size: int) -> Any:
         memory = self._buffers.get(name)

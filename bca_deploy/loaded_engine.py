@@ -5,8 +5,6 @@ Requires: the engine's library, and a GPU that is the calling thread's. Ensures:
 """
 
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from bca_deploy import nvidia
 from bca_deploy.contract import numpy_dtype
 from bca_deploy.engines import DTYPES
 from bca_deploy.errors import EngineError
+from bca_deploy.files import replacing
 from bca_deploy.profiles import Ranges, Shapes
 from bca_deploy.spec import EngineLibrary
 
@@ -37,11 +36,14 @@ class EngineOptions:
     Attributes:
         host_code: let it bring code that runs on the CPU. A version-compatible engine does, so it needs this; allow it for
             engines that you trust only.
-        runtime_cache: TensorRT-RTX: file of the kernels compiled for this GPU; read if it is there, written on close.
+        runtime_cache: TensorRT-RTX: file of the kernels compiled for this GPU; read if it is there, written by ``save``.
+        graphs: calls will be captured, so that TensorRT-RTX must compile a shape's kernels before its first call, and not
+            behind it.
     """
 
     host_code: bool = False
     runtime_cache: Path | None = None
+    graphs: bool = False
 
 
 class Said(threading.local):
@@ -69,7 +71,7 @@ class LoadedEngine:
         EngineError: an edge has an element type that no model here has.
     """
 
-    def __init__(self, trt: Any, engine: "tensorrt.ICudaEngine", said: Said, path: Path | None = None) -> None:
+    def __init__(self, trt: Any, engine: "tensorrt.ICudaEngine", said: Said, options: EngineOptions) -> None:
         self.trt, self.engine, self.said = trt, engine, said
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.dtypes = {name: _dtype(name, engine.get_tensor_dtype(name).name) for name in names}
@@ -77,7 +79,7 @@ class LoadedEngine:
         self.outputs = [name for name in names if name not in self.inputs]
         self.profiles: list[Ranges] = [self._ranges(index) for index in range(engine.num_optimization_profiles)]
         self.scratch_bytes = engine.device_memory_size_v2
-        self._cache = RuntimeCache(engine, path) if hasattr(trt, "IRuntimeCache") else None
+        self._cache = RuntimeCache(trt, engine, options) if hasattr(trt, "IRuntimeCache") else None
 
     def context(self) -> "tensorrt.IExecutionContext":
         """Return a new context, without memory of its own: the caller gives it ``scratch_bytes``.
@@ -88,10 +90,13 @@ class LoadedEngine:
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         made = self._cache.context(strategy) if self._cache else self.engine.create_execution_context(strategy)
         if made is None:
-            raise EngineError(f"the engine gets no execution context: {self.said.reason()}")
+            raise EngineError(
+                f"the engine gets no execution context: {self.said.reason()}; open it with fewer contexts, or on another "
+                "backend"
+            )
         return made
 
-    def close(self) -> None:
+    def save(self) -> None:
         """Write the runtime cache, where there is one to write."""
         if self._cache:
             self._cache.save()
@@ -114,33 +119,48 @@ class RuntimeCache:
     """TensorRT-RTX's kernels, which it compiles for the GPU at hand when a context first needs them.
 
     Args:
+        trt: the library's module.
         engine: whose contexts share the cache.
-        path: where it is kept between processes; None forgets it.
+        options: where it is kept between processes, and whether calls will be captured.
     """
 
-    def __init__(self, engine: "tensorrt.ICudaEngine", path: Path | None) -> None:
-        self.engine, self._path = engine, path
+    def __init__(self, trt: Any, engine: "tensorrt.ICudaEngine", options: EngineOptions) -> None:
+        self.trt, self.engine, self._path, self._graphs = trt, engine, options.runtime_cache, options.graphs
         runtime_config: Any = engine.create_runtime_config()
         self.runtime_cache = runtime_config.create_runtime_cache()
-        if path is not None and path.is_file() and not self.runtime_cache.deserialize(path.read_bytes()):
-            _log.warning("runtime cache %s is another GPU's or another version's; it will be replaced", path)
+        self._read()
 
     def context(self, strategy: Any) -> "tensorrt.IExecutionContext | None":
         """Return a context that compiles into the cache."""
         runtime_config: Any = self.engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
         runtime_config.set_runtime_cache(self.runtime_cache)
+        if self._graphs:
+            eager = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         return self.engine.create_execution_context(runtime_config)
 
     def save(self) -> None:
-        """Write it in one step, so that another process never reads half of it."""
+        """Write it; where that fails, the next process compiles again, and that is all."""
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(self.runtime_cache.serialize())
-        Path(name).replace(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as partial:
+                partial.write_bytes(self.runtime_cache.serialize())
+        except OSError as error:
+            _log.warning("runtime cache %s is not written: %s", self._path, error)
+
+    def _read(self) -> None:
+        if self._path is None or not self._path.is_file():
+            return
+        try:
+            fits = self.runtime_cache.deserialize(self._path.read_bytes())
+        except OSError as error:
+            _log.warning("runtime cache %s is not read: %s", self._path, error)
+        else:
+            if not fits:
+                _log.warning("runtime cache %s is another GPU's or another version's; it will be replaced", self._path)
 
 
 def load_engine(path: Path, library: EngineLibrary, options: EngineOptions = EngineOptions()) -> LoadedEngine:
@@ -163,7 +183,7 @@ def load_engine(path: Path, library: EngineLibrary, options: EngineOptions = Eng
     engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise EngineError(f"{path.name} does not open here: {said.reason()}")
-    return LoadedEngine(trt, engine, said, options.runtime_cache)
+    return LoadedEngine(trt, engine, said, options)
 
 
 def _logger(trt: Any, said: Said) -> Any:

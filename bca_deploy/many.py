@@ -1,5 +1,6 @@
 """Many pairs of different lengths: padded into batches where a GPU likes that, side by side on single threads on a CPU."""
 
+import contextvars
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.backends import Backend
+from bca_deploy.contract import sizes_of
 from bca_deploy.errors import InputError
+from bca_deploy.spec import Dims
 
 Array = NDArray[Any]
 #: The checked inputs of one pair, or its outputs, by name.
@@ -55,29 +58,29 @@ class Size:
         return self.batch * ((self.x_len + self.context_len) * 2.0 * self.width + 2.0 * self.x_len * self.context_len)
 
 
-def buckets(sizes: Sequence[Size], largest_batch: int) -> list[list[int]]:
+def buckets(sizes: Sequence[Size], profiles: Sequence[Dims]) -> list[list[int]]:
     """Group pairs for padding: similar lengths together, at most ``PADDING`` of each group's rows padding.
 
     Args:
         sizes: of the requests.
-        largest_batch: pairs that one call may hold.
+        profiles: what one call may hold: at least one of them holds each group.
 
     Returns:
         Indices of the requests of each group, every request once.
     """
     groups: list[list[Size]] = []
     for size in sorted(sizes, key=lambda s: (s.x_len, s.context_len)):
-        if not (groups and _fits([*groups[-1], size], largest_batch)):
+        if not (groups and _fits([*groups[-1], size], profiles)):
             groups.append([])
         groups[-1].append(size)
     return [[size.index for size in group] for group in groups]
 
 
-def _fits(group: list[Size], largest_batch: int) -> bool:
-    pairs = sum(size.batch for size in group)
-    full = pairs * (max(s.x_len for s in group) + max(s.context_len for s in group))
-    real = sum(size.batch * (size.x_len + size.context_len) for size in group)
-    return pairs <= largest_batch and full - real <= PADDING * full
+def _fits(group: list[Size], profiles: Sequence[Dims]) -> bool:
+    pairs, x_len, context_len = sum(s.batch for s in group), max(s.x_len for s in group), max(s.context_len for s in group)
+    padded = {"batch": pairs, "x_len": x_len, "context_len": context_len}
+    full, real = pairs * (x_len + context_len), sum(s.rows for s in group)
+    return any(profile.holds(padded) for profile in profiles) and full - real <= PADDING * full
 
 
 def schedule(sizes: Sequence[Size], workers: int) -> tuple[list[int], list[int]]:
@@ -132,8 +135,7 @@ class Many:
         self._timed, self._executor, self._count_padding = timed, executor, count_padding
 
     def _sizes(self, ready: Sequence[Pair]) -> list[Size]:
-        lengths = ((r["x"].shape[0], r["x"].shape[1], r["context"].shape[1]) for r in ready)
-        return [Size(index, *sizes, self._width) for index, sizes in enumerate(lengths)]
+        return [Size(index, width=self._width, **sizes_of(one)) for index, one in enumerate(ready)]
 
     def side_by_side(self, ready: list[Pair]) -> list[Pair]:
         """Return the outputs of each pair: the large ones on all threads in turn, the others on one thread each."""
@@ -150,12 +152,15 @@ class Many:
                 outputs[index] = self._timed(self._backend.run_alone, ready[index])
 
         # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
-        helpers = [self._executor().submit(work) for _ in range(min(self._workers, len(alone)) - 1)]
+        helpers = [
+            self._executor().submit(contextvars.copy_context().run, work) for _ in range(min(self._workers, len(alone)) - 1)
+        ]
         try:
             work()
         finally:
             waiting.clear()  # where one request fails, nobody begins another
-            errors = [error for helper in helpers if (error := helper.exception())]
+            # A helper that got no thread by now has nothing left to do.
+            errors = [error for helper in helpers if not helper.cancel() and (error := helper.exception())]
         if errors:
             raise errors[0]
         return [outputs[index] for index in range(len(ready))]
@@ -168,7 +173,7 @@ class Many:
         """
         self._check_padding(ready)
         outputs: list[Pair] = [{} for _ in ready]
-        for group in buckets(self._sizes(ready), self._backend.dims.batch.max):
+        for group in buckets(self._sizes(ready), self._backend.profiles or (self._backend.dims,)):
             batch = self._stack([ready[index] for index in group])
             stacked = self._timed(self._backend.run, batch)
             start = 0

@@ -11,7 +11,7 @@ from bca_deploy.backends import Arrays, Name, Options
 from bca_deploy.bundle import Bundle
 from bca_deploy.cuda import DeviceArray, Gpu, open_gpu
 from bca_deploy.denormals import Flushed, on_own_thread
-from bca_deploy.errors import BundleError, EngineError, missing
+from bca_deploy.errors import BcaError, BundleError, EngineError, missing
 from bca_deploy.manifest import ModelEntry, TensorEntry
 from bca_deploy.profiles import shapes
 from bca_deploy.spec import Dims
@@ -50,7 +50,8 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, model: ModelEntry, options: Options, name: Name) -> None:
         self.name: Name = name
         self.precision = model.precision
-        self.inputs, self.outputs, self.dims = model.inputs, model.outputs, bundle.manifest.dims
+        self.inputs, self.outputs = model.inputs, model.outputs
+        self.dims, self.profiles = bundle.manifest.dims, tuple[Dims, ...]()
         self.pads = name != "onnxruntime-cpu"
         self.gpu: Gpu | None = open_gpu() if self.pads else None
         self._path, self._cache = bundle.path(model.file), options.cache
@@ -82,12 +83,28 @@ class OrtBackend:
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """Return the outputs by name."""
-        with Flushed():
-            return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
+        return self._run(_still_open(self._session), inputs)
+
+    def _run(self, session: Any, inputs: Arrays) -> dict[str, Array]:
+        try:
+            with Flushed():
+                return dict(zip(self._names, session.run(self._names, inputs), strict=True))
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            raise _failure(error, inputs) from error
 
     def run_into(self, inputs: Arrays, outputs: Arrays) -> None:
         """Write the outputs into the caller's arrays, with no copy on the way where they are on the same device."""
-        binding = self._session.io_binding()
+        session = _still_open(self._session)
+        try:
+            binding = self._bind(session.io_binding(), inputs, outputs)
+            with Flushed():
+                session.run_with_iobinding(binding)
+            if self.gpu is not None:
+                binding.synchronize_outputs()
+        except Exception as error:
+            raise _failure(error, inputs) from error
+
+    def _bind(self, binding: Any, inputs: Arrays, outputs: Arrays) -> Any:
         for name, array in inputs.items():
             if isinstance(array, DeviceArray):
                 binding.bind_input(name, "cuda", 0, array.dtype.type, array.shape, array.address)
@@ -97,22 +114,36 @@ class OrtBackend:
             array = outputs[name]
             where, address = ("cuda", array.address) if isinstance(array, DeviceArray) else ("cpu", array.ctypes.data)
             binding.bind_output(name, where, 0, array.dtype.type, array.shape, address)
-        with Flushed():
-            self._session.run_with_iobinding(binding)
-        if self.gpu is not None:
-            binding.synchronize_outputs()
+        return binding
 
     def run_alone(self, inputs: Arrays) -> dict[str, Array]:
-        """Return the outputs, using the calling thread alone."""
-        if self._alone is None:
-            with self._lock:
-                self._alone = self._alone or self._open(1)
-        with Flushed():
-            return dict(zip(self._names, self._alone.run(self._names, inputs), strict=True))
+        """Return the outputs, using the calling thread alone; on a GPU there is nothing to share."""
+        if self.pads:
+            return self.run(inputs)
+        with self._lock:
+            _still_open(self._session)
+            alone = self._alone = self._alone or self._open(1)
+        return self._run(alone, inputs)
+
+    def warm(self, inputs: Arrays) -> None:
+        """Run once."""
+        self.run(inputs)
 
     def close(self) -> None:
-        """Free the sessions."""
-        self._session = self._alone = None
+        """Let go of the sessions; they are freed when the last call is done."""
+        with self._lock:
+            self._session = self._alone = None
+
+
+def _still_open(session: Any) -> Any:
+    if session is None:
+        raise BcaError("the session is closed; open the bundle again")
+    return session
+
+
+def _failure(error: Exception, inputs: Arrays) -> BcaError:
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+    return EngineError(f"onnxruntime failed on {shapes}: {next(iter(str(error).splitlines()), repr(error))}")
 
 
 def _as_text(inputs: tuple[TensorEntry, ...], dims: Dims, which: int) -> str:
@@ -124,7 +155,9 @@ def _session(ort: Any, path: Path, options: Any, provider: str, settings: dict[s
     try:
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
     except Exception as error:  # onnxruntime's exceptions share no public base
-        raise BundleError(f"onnxruntime does not open {path.name}: {str(error).splitlines()[0]}") from error
+        raise BundleError(
+            f"onnxruntime does not open {path.name}: {next(iter(str(error).splitlines()), repr(error))}"
+        ) from error
     if provider not in session.get_providers():  # it falls back without an error
         raise EngineError(f"{provider} does not start here; run with ORT_LOGGING_LEVEL=1 to see why, or use another backend")
     return session

@@ -1,6 +1,7 @@
 """Open a bundle and run it, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
 
 import asyncio
+import contextvars
 import logging
 import os
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from bca_deploy import many, selftest, tensors
 from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
-from bca_deploy.contract import Contract, numpy_dtype
+from bca_deploy.contract import Contract, numpy_dtype, shape_of, sizes_of
 from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import BcaError, InputError, ParityError
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
@@ -51,10 +52,10 @@ def open_session(  # noqa: PLR0913  (one parameter per option)
     Args:
         path: the bundle's directory or archive.
         backend: ``auto`` takes the fastest that works here; a name takes that one or fails.
-        precision: of the model; None takes the best that the backend has.
+        precision: of the model; None takes the first engine that runs here, or the model that the backend runs fastest.
         threads: for onnxruntime on CPU; None takes every core.
         contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
-        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph; 0 keeps none.
+        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
         cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
         host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
         verify: how much of the bundle is checked first: every hash, only sizes, or nothing.
@@ -97,7 +98,7 @@ class Session:
         self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
         self._reader = tensors.Reader(backend.gpu)
         advice = "cut the sequence into pieces, or export again with wider dims"
-        self._contract = Contract(backend.inputs, backend.dims, advice)
+        self._contract = Contract(backend.inputs, backend.dims, advice, backend.profiles)
         self._names = tuple(tensor.name for tensor in backend.outputs)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()
@@ -124,10 +125,12 @@ class Session:
             InputError: what is wrong with which input, and the way out.
             BcaError: the session is closed.
         """
+        self._check_open()
         return tuple(self._run(self._contract.bind(args, named), cast).values())
 
     def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
         """Return the outputs by name; arguments and errors as for calling the session."""
+        self._check_open()
         return self._run(self._contract.bind((), inputs), cast)
 
     def run_into(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, cast: bool = False) -> None:
@@ -141,8 +144,9 @@ class Session:
         Raises:
             InputError: an input or output that does not fit.
         """
+        self._check_open()
         ready = self._ready(self._contract.bind((), inputs), cast)
-        targets = self._reader.read(outputs)
+        targets = self._reader.read(outputs, "output")
         self._check_outputs(ready, targets)
         contiguous = {n: a if isinstance(a, DeviceArray) else np.ascontiguousarray(a) for n, a in ready.items()}
         self._timed(lambda given: self._backend.run_into(given, targets), contiguous)
@@ -165,30 +169,46 @@ class Session:
         Raises:
             InputError: naming the pair.
         """
-        given = list(pairs)
+        self._check_open()
+        if policy not in get_args(Policy):
+            raise InputError(f"policy {policy!r} is not known; allowed: {', '.join(get_args(Policy))}")
+        given = [tuple(pair) for pair in pairs]
         ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
         pads = self._backend.pads if policy == "auto" else policy == "pad"
         outputs = self._many.padded(ready) if pads else self._many.side_by_side(ready)
         return [tuple(_back(one, pair).values()) for one, pair in zip(outputs, given, strict=True)]
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
-        """Run the model without blocking the event loop; as for calling the session."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor(), lambda: self(*args, cast=cast, **named))
+        """Run the model without blocking the event loop; as for calling the session.
+
+        A call that was accepted is finished, also when the session is closed meanwhile.
+        """
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        bound = self._contract.bind(args, named)
+        outputs = await loop.run_in_executor(self._executor(), lambda: context.run(self._run, bound, cast))
+        return tuple(outputs.values())
 
     def warmup(self, shapes: Iterable[tuple[int, int, int]] | None = None) -> None:
-        """Run once for each ``(batch, x_len, context_len)``, so that later calls find memory and kernels ready.
+        """Run once for each ``(batch, x_len, context_len)``, in every context, so that later calls find everything ready.
 
         Args:
-            shapes: None takes the bundle's optimal sizes.
+            shapes: None takes the optimal sizes.
+
+        Raises:
+            InputError: sizes that the model does not take.
         """
+        self._check_open()
         dims = self._backend.dims
-        for batch, x_len, context_len in shapes or [(dims.batch.opt, dims.x_len.opt, dims.context_len.opt)]:
-            sizes = {"batch": batch, "x_len": x_len, "context_len": context_len}
+        best = [(dims.batch.opt, dims.x_len.opt, dims.context_len.opt)]
+        for shape in best if shapes is None else shapes:
+            sizes = dict(zip(("batch", "x_len", "context_len"), shape, strict=True))
+            # Views of one number: an impossible shape is refused before it takes memory.
             zeros = {
-                t.name: np.zeros([sizes[a] if isinstance(a, str) else a for a in t.axes], t.dtype) for t in self._backend.inputs
+                tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), shape_of(tensor.axes, sizes))
+                for tensor in self._backend.inputs
             }
-            self.run(zeros)
+            ready = self._ready(zeros, cast=False)
+            self._timed(self._backend.warm, {name: np.ascontiguousarray(array) for name, array in ready.items()})
 
     def selftest(self) -> None:
         """Run the bundle's own inputs and hold the outputs to their bounds.
@@ -230,12 +250,18 @@ class Session:
         return self._backend.dims
 
     def close(self) -> None:
-        """Wait for calls in the background, free everything; calling the session is an error from now on."""
-        self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._backend.close()
-        self._bundle.close()
+        """Finish what ``run_async`` accepted, and free everything; calling the session is an error from now on.
+
+        Calls that other threads are in end as they would have; the memory is freed when the last of them is done.
+        """
+        with self._lock:
+            self._closed, pool = True, self._pool
+        try:
+            if pool is not None:
+                pool.shutdown()
+            self._backend.close()
+        finally:
+            self._bundle.close()
 
     def __enter__(self) -> Self:
         return self
@@ -254,18 +280,20 @@ class Session:
             tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), numpy_dtype(tensor.dtype))
             for tensor in self._backend.outputs
         }
-        targets = self._reader.read(made)
+        targets = self._reader.read(made, "output")
         self._timed(lambda inputs: self._backend.run_into(inputs, targets), ready)
         return made
 
     def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, AnyArray]:
-        if self._closed:
-            raise BcaError("the session is closed; open the bundle again")
         return self._contract.check(self._reader.read(given), cast)
 
-    def _ready_pair(self, index: int, pair: Pair, cast: bool) -> dict[str, Array]:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BcaError("the session is closed; open the bundle again")
+
+    def _ready_pair(self, index: int, pair: tuple[Any, ...], cast: bool) -> dict[str, Array]:
         try:
-            ready = self._ready(self._contract.bind(tuple(pair), {}), cast)
+            ready = self._ready(self._contract.bind(pair, {}), cast)
             if any(isinstance(array, DeviceArray) for array in ready.values()):
                 raise InputError("run_many takes arrays on the CPU; call the session for those on the GPU")
         except InputError as error:
@@ -296,8 +324,7 @@ class Session:
             _log.exception("on_call failed")
 
     def _shape(self, tensor: TensorEntry, ready: Mapping[str, AnyArray]) -> tuple[int, ...]:
-        sizes = {"batch": ready["x"].shape[0], "x_len": ready["x"].shape[1], "context_len": ready["context"].shape[1]}
-        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
+        return shape_of(tensor.axes, sizes_of(ready))
 
     def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
         if set(outputs) != set(self._names):
@@ -312,8 +339,7 @@ class Session:
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
-            if self._closed:
-                raise BcaError("the session is closed; open the bundle again")
+            self._check_open()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="bca-session")
             return self._pool

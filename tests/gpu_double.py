@@ -58,10 +58,12 @@ class Stream:
 
 
 class DeviceTensor:
-    """An array in the GPU's memory, as other libraries have them."""
+    """An array in the GPU's memory, as other libraries have them: still being written, until a stream that waits for it is."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
+    def __init__(self, array: np.ndarray, written: bool = False) -> None:
+        self.array, self.content = array, None if written else array.copy()
+        if not written:
+            array.reshape(-1).view(np.uint8)[:] = 0
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)
@@ -80,7 +82,7 @@ class HostGpu:
         self.streams: dict[int, Stream] = {}
         self.allocated: list[int] = []
         self.uploaded: list[int] = []
-        self.captures = 0
+        self.captures, self.captures_fail, self.streams_fail = 0, False, False
         self.entered = threading.local()
 
     def enter(self) -> None:
@@ -88,6 +90,8 @@ class HostGpu:
 
     def stream(self) -> Stream:
         self._check_thread()
+        if self.streams_fail:
+            raise RuntimeError("CUDA error: out of memory")
         made = Stream()
         self.streams[made.handle] = made
         return made
@@ -117,13 +121,6 @@ class HostGpu:
 
         self._put(stream, work)
 
-    def copy(self, memory: Memory, source: DeviceArray, stream: Stream) -> None:
-        def work() -> None:
-            array = self.at(source.address, source.shape, source.dtype)
-            memory.bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
-
-        self._put(stream, work)
-
     def poison(self, memory: Memory, stream: Stream) -> None:
         self._put(stream, lambda: memory.bytes.fill(0xFF))
 
@@ -132,6 +129,8 @@ class HostGpu:
         stream.capturing = True
         try:
             enqueue()
+            if self.captures_fail:
+                raise RuntimeError("operation not permitted when stream is capturing")
         finally:
             stream.capturing, work, stream.queue = False, stream.queue, []
         self.captures += 1
@@ -141,11 +140,14 @@ class HostGpu:
         array = value.array
         if not array.flags.c_contiguous:
             raise InputError(f"input {name} has gaps between its elements; give a C-contiguous array")
+        if value.content is not None:
+            content, value.content = value.content, None
+            stream.queue.append(lambda: np.copyto(array, content))
         self.foreign.append(array)
         return DeviceArray(array.ctypes.data, array.shape, array.dtype, value)
 
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceTensor:
-        return DeviceTensor(np.full(shape, np.nan, dtype))
+        return DeviceTensor(np.full(shape, np.nan, dtype), written=True)
 
     def at(self, address: int, shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
         """Return the memory at an address, which must be somebody's."""
@@ -355,6 +357,7 @@ def machine(
         ILogger=real.ILogger,
         Runtime=Runtime,
         ExecutionContextAllocationStrategy=real.ExecutionContextAllocationStrategy,
+        DynamicShapesKernelSpecializationStrategy=real.DynamicShapesKernelSpecializationStrategy,
         __version__=entry.version,
         **({"IRuntimeCache": runtime_cache} if runtime_cache else {}),
     )

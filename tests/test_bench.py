@@ -19,7 +19,7 @@ from bca_deploy.contenders import NAMES, Name, contender, obstacle, sdpa_form, w
 from bca_deploy.errors import InputError
 from bca_deploy.spec import LayerSpec
 
-SHAPE = (2, 7, 5)
+SHAPE = (4, 9, 8)
 
 
 def first_two(found: Any) -> list[np.ndarray]:
@@ -27,7 +27,10 @@ def first_two(found: Any) -> list[np.ndarray]:
     return [np.asarray(value) for value in values[:2]]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("session", "compiled")])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "compiled" else ()) for name in NAMES if name != "session"],
+)
 def test_every_contender_computes_the_layer_dead_rows_too(exported: Bundle, tmp_path: Path, name: Name) -> None:
     write_literal(exported, tmp_path)
     feeds = inputs(exported.manifest, SHAPE)
@@ -102,6 +105,7 @@ def test_the_table_sets_everything_beside_the_session(exported: Bundle) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--threads", "0"), "threads is 0; it must be at least 1, or None for every core"),
         (("--shape", "1x2"), "shape '1x2': give BATCHxX_LENxCONTEXT_LEN, such as 1x512x512"),
         (("--shape", "1x2x9999"), "shape 1x2x9999: context_len is 9999, allowed 1 to 2048"),
         (("--contender", "eagre"), "contender 'eagre' is not known (did you mean 'eager'?); allowed: eager, sdpa"),
@@ -123,6 +127,13 @@ def test_a_contender_that_cannot_run_is_refused_by_name_and_left_out_otherwise(
     result = CliRunner().invoke(app, ["bench", str(exported.directory), "--shape", "1x3x4", "--seconds", "0.01"])
     assert "left out: eager: torch is not installed" in result.stdout
     assert "left out: openvino: openvino is not installed" in result.stdout
+
+
+def test_padded_rows_keep_three_quarters(exported: Bundle) -> None:
+    for length in (1, 2, 7, 100):
+        kept = inputs(exported.manifest, (8, length, length))["mask"].sum(1)
+        assert kept.min() >= 0.75 * length
+        assert kept.max() <= length
 
 
 def test_shapes_are_read() -> None:

@@ -1,12 +1,15 @@
 """An engine behind the session, on a double that is strict where a GPU is merely undefined: see gpu_double.py."""
 
 import logging
+import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -51,6 +54,12 @@ def expected(built: tuple[Path, EngineEntry]) -> Iterator[Callable[..., tuple[np
     """The fp16 model on the CPU, by itself."""
     with bca_deploy.open(built[0], backend="onnxruntime-cpu", precision="fp16", threads=1) as opened:
         yield opened
+
+
+def umask() -> int:
+    found = os.umask(0o022)
+    os.umask(found)
+    return found
 
 
 def same(got: Any, wanted: Any) -> None:
@@ -123,11 +132,31 @@ def test_the_nearest_profile_that_fits_runs(session: Session, gpu: Machine, size
 
 def test_sizes_between_the_profiles_are_refused(session: Session, gpu: Machine) -> None:
     before = len(gpu.gpu.allocated)
-    with pytest.raises(InputError, match=r"^no profile of the engine holds x \[1, 17, 24\], .*; it has: x \[1, 1, 24\] to"):
+    hole = (
+        r"^no optimization profile of the engine holds batch 1, x_len 17, context_len 4; it has batch 1 to 2, x_len 1 to 16, "
+        r"context_len 1 to 2048; or batch 2 to 8, x_len 1 to 128, context_len 1 to 2048; pad, split the batch, or build the "
+        r"engine with a profile for it$"
+    )
+    with pytest.raises(InputError, match=hole):
         session(**make(1, 17, 4))
+    with pytest.raises(InputError, match=hole):
+        session(**on_gpu(make(1, 17, 4)))
     with pytest.raises(InputError, match=r"^input x: axis 1 \(x_len\) is 1000000000, allowed 1 to 128; cut the sequence"):
         session(np.broadcast_to(np.float32(0), (1, 10**9, 24)), make(1, 1, 4)["context"])
+    with pytest.raises(InputError, match=r"^input x: axis 1 \(x_len\) is 100000000000, allowed 1 to 128; cut the sequence"):
+        session(np.broadcast_to(np.float64(0), (1, 10**11, 24)), make(1, 1, 4)["context"], cast=True)
     assert len(gpu.gpu.allocated) == before
+    assert session.metrics().calls == 0  # nothing reached the engine
+
+
+def test_a_refused_request_leaves_graphs_and_buffers_as_they_are(path: Path, gpu: Machine) -> None:
+    with bca_deploy.open(path, backend="rtx", contexts=1, cuda_graphs=4) as session:
+        session(**make(1, 8, 4))
+        kept = len(gpu.gpu.allocated), gpu.gpu.captures, len(gpu.engines[0].contexts)
+        with pytest.raises(InputError):
+            session(**make(1, 17, 4))
+        session(**make(1, 8, 4))
+        assert (len(gpu.gpu.allocated), gpu.gpu.captures, len(gpu.engines[0].contexts)) == kept
 
 
 def test_buffers_grow_and_are_used_again(session: Session, gpu: Machine, expected: Any) -> None:
@@ -165,7 +194,7 @@ def test_run_into_writes_into_the_callers_arrays(session: Session, expected: Any
 
 
 def on_gpu(inputs: dict[str, np.ndarray]) -> dict[str, DeviceTensor]:
-    return {name: DeviceTensor(array) for name, array in inputs.items()}
+    return {name: DeviceTensor(array.copy()) for name, array in inputs.items()}
 
 
 @pytest.mark.parametrize("graphs", [0, 2])
@@ -181,7 +210,7 @@ def test_what_comes_from_the_gpu_goes_back_there(path: Path, gpu: Machine, expec
 
 def test_one_input_on_the_gpu_is_enough(session: Session, gpu: Machine, expected: Any) -> None:
     inputs = make(2, 5, 6)
-    outputs = session(DeviceTensor(inputs["x"]), inputs["context"])
+    outputs = session(DeviceTensor(inputs["x"].copy()), inputs["context"])
     same([output.array for output in outputs], expected(inputs["x"], inputs["context"]))
 
 
@@ -256,10 +285,21 @@ def test_what_cuda_raises_while_waiting_is_the_calls(session: Session, gpu: Mach
     same(session(**inputs), expected(**inputs))
 
 
-def test_no_context_to_be_had_is_an_error_of_the_call(session: Session, gpu: Machine) -> None:
-    gpu.engines[0].refuses = "create_execution_context"
-    with pytest.raises(EngineError, match=r"^the engine gets no execution context: the library gives no reason$"):
-        session(**make(1, 2, 3))
+@pytest.mark.parametrize("what", ["context", "stream"])
+def test_an_engine_that_gets_nothing_to_run_with_is_found_out_when_it_is_opened(
+    path: Path, gpu: Machine, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "context":
+        monkeypatch.setattr(EngineDouble, "create_execution_context", lambda self, strategy: None)
+        message = "^the engine gets no execution context: the library gives no reason; open it with fewer contexts, or on ano"
+    else:
+        gpu.gpu.streams_fail = True
+        message = "^preparing the engine failed on the GPU: CUDA error: out of memory$"
+    with pytest.raises(EngineError, match=message):
+        bca_deploy.open(path, backend="rtx")
+    with bca_deploy.open(path) as opened:
+        assert opened.explain().chosen.startswith("onnxruntime-cpu")
+        assert dict(opened.explain().passed_over)["rtx"].startswith(message.removeprefix("^")[:40])
 
 
 # ---- as parity runs it
@@ -312,6 +352,26 @@ def test_a_static_engine_takes_its_shapes_and_no_other(
 
 
 # ---- threads
+
+
+def test_arrays_of_the_gpu_are_waited_for_whichever_thread_comes_first(path: Path, gpu: Machine, expected: Any) -> None:
+    stream, begin = gpu.gpu.stream, threading.Barrier(4)
+    cases = [make(1, 3, 4, seed) for seed in range(4)]
+
+    def slowly() -> Any:
+        time.sleep(0.05)
+        return stream()
+
+    with bca_deploy.open(path, backend="rtx", contexts=4) as session:
+        gpu.gpu.stream = slowly  # type: ignore[method-assign]
+
+        def work(case: dict[str, np.ndarray]) -> Any:
+            begin.wait()
+            return [output.array for output in session(**on_gpu(case))]
+
+        with ThreadPoolExecutor(4) as pool:
+            for case, found in zip(cases, pool.map(work, cases), strict=True):
+                same(found, expected(**case))
 
 
 def test_sixteen_threads_of_different_shapes_never_mix_results(path: Path, gpu: Machine, expected: Any) -> None:
@@ -370,6 +430,21 @@ def test_contexts_bring_no_memory_of_their_own(session: Session, gpu: Machine) -
 # ---- many pairs
 
 
+def test_run_many_never_makes_a_batch_that_no_profile_holds(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(exported.directory, tmp_path / "holes"))
+    wide = {"batch": {"min": 1, "opt": 8, "max": 8}, "x_len": {"min": 1, "opt": 8, "max": 16}}
+    long = {"batch": {"min": 1, "opt": 1, "max": 2}, "x_len": {"min": 1, "opt": 64, "max": 128}}
+    machine(monkeypatch, copy, bca_deploy.build(copy, targets=["sm89"], profiles=[wide, long]))
+    with bca_deploy.open(copy, backend="rtx") as session:
+        pairs = [tuple(make(1, 100, 8, seed).values()) for seed in range(8)]
+        single = [session(*pair) for pair in pairs]
+        for one, together in zip(single, session.run_many(pairs), strict=True):
+            same(together, one)
+        assert session.metrics().calls == 8 + 4  # two at a time
+
+
 def test_run_many_pads_on_a_gpu_and_live_rows_are_as_one_by_one(session: Session, gpu: Machine) -> None:
     rng = np.random.default_rng(0)
     pairs = [tuple(make(1, int(rng.integers(1, 17)), int(rng.integers(1, 17)), seed).values()) for seed in range(40)]
@@ -396,7 +471,7 @@ def test_a_graph_replays_its_shape_and_gives_this_calls_outputs(path: Path, gpu:
                 inputs = make(2, length, 4, seed)
                 same(session(**inputs), expected(**inputs))
         assert gpu.gpu.captures == 2
-        assert len(gpu.engines[0].contexts) == 2  # one for each graph, kept as it was when captured
+        assert len(gpu.engines[0].contexts) == 3  # one for each graph, kept as it was when captured, and one for the rest
 
 
 def test_the_least_recently_used_graph_goes_first(path: Path, gpu: Machine) -> None:
@@ -414,25 +489,56 @@ def test_a_buffer_that_grows_drops_the_graphs_that_hold_its_address(path: Path, 
         assert gpu.gpu.captures == 3
 
 
-def test_a_graph_that_does_not_repeat_its_call_is_not_used(
-    path: Path, gpu: Machine, expected: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("differs", "it does not repeat its call"),
+        ("raises", "operation not permitted when stream is capturing"),
+        ("says no", "the library cannot capture it"),
+    ],
+)
+def test_shapes_that_cannot_be_captured_run_without_a_graph(
+    path: Path,
+    gpu: Machine,
+    expected: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+    said: str,
 ) -> None:
     with bca_deploy.open(path, backend="rtx", contexts=1, cuda_graphs=2) as session:
-        gpu.engines[0].capturable = False
+        gpu.engines[0].capturable, gpu.gpu.captures_fail = why != "differs", why == "raises"
+        if why == "says no":
+            monkeypatch.setattr(ContextDouble, "is_stream_capturable", lambda self, stream: False, raising=False)
         with caplog.at_level(logging.WARNING, "bca_deploy.engine"):
             for seed in range(3):
                 inputs = make(2, 5, 4, seed)
                 same(session(**inputs), expected(**inputs))
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "does not repeat its call" in caplog.text
+        assert said in caplog.text
 
 
-def test_warming_up_captures(path: Path, gpu: Machine) -> None:
-    with bca_deploy.open(path, backend="rtx", contexts=1, cuda_graphs=4) as session:
+def test_warming_up_reaches_every_context(path: Path, gpu: Machine) -> None:
+    with bca_deploy.open(path, backend="rtx", contexts=2, cuda_graphs=4) as session:
         session.warmup([(2, 16, 4), (2, 8, 4)])
-        assert gpu.gpu.captures == 2
-        session(**make(2, 8, 4))
-        assert gpu.gpu.captures == 2
+        assert gpu.gpu.captures == 4
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda seed: session(**make(2, 8, 4, seed)), range(32)))
+        assert gpu.gpu.captures == 4
+        with pytest.raises(InputError, match="no optimization profile of the engine holds"):
+            session.warmup([(1, 100, 4)])
+        session.warmup([])
+        session.warmup()
+
+
+def test_graphs_are_no_use_for_arrays_on_the_gpu_and_cost_them_nothing(path: Path, gpu: Machine, expected: Any) -> None:
+    with bca_deploy.open(path, backend="rtx", contexts=1, cuda_graphs=4) as session:
+        for seed in range(3):
+            inputs = make(2, 8, 4, seed)
+            outputs = session(**on_gpu(inputs))
+            same([output.array for output in outputs], expected(**inputs))
+        assert gpu.gpu.captures == 0
+        assert gpu.gpu.allocated == [4096]  # the scratch memory alone: nothing is copied
 
 
 # ---- opening and closing
@@ -455,7 +561,13 @@ class RuntimeCacheDouble:
 
 
 class Config:
-    strategy = cache = None
+    made: ClassVar[list["Config"]] = []
+    strategy: Any = None
+    cache: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def __init__(self) -> None:
+        self.made.append(self)
 
     def create_runtime_cache(self) -> RuntimeCacheDouble:
         return RuntimeCacheDouble()
@@ -480,8 +592,10 @@ def test_the_runtime_cache_is_kept_between_processes(path: Path, caching: Machin
     for _ in range(2):
         with bca_deploy.open(path, backend="rtx", cache=tmp_path / "new") as session:
             session(**make(1, 2, 3))
-    assert (tmp_path / "new" / "rtx-fp16.runtime-cache").read_bytes() == b"+kernels+kernels"
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["rtx-fp16.runtime-cache"]
+    (written,) = (tmp_path / "new").iterdir()
+    assert re.fullmatch(r"rtx-fp16-[0-9a-f]{16}\.runtime-cache", written.name)
+    assert written.read_bytes() == b"+kernels+kernels"
+    assert written.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert [strategy.name for strategy in caching.engines[0].strategies] == ["USER_MANAGED"]
 
 
@@ -489,10 +603,37 @@ def test_a_runtime_cache_of_another_gpu_is_replaced_and_said_so(
     path: Path, caching: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(RuntimeCacheDouble, "accepts", False)
-    (tmp_path / "rtx-fp16.runtime-cache").write_bytes(b"another's")
     bca_deploy.open(path, backend="rtx", cache=tmp_path).close()
-    assert (tmp_path / "rtx-fp16.runtime-cache").read_bytes() == b"+kernels"
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"another's")
+    bca_deploy.open(path, backend="rtx", cache=tmp_path).close()
+    assert file.read_bytes() == b"+kernels"
     assert "is another GPU's or another version's; it will be replaced" in caplog.text
+
+
+def test_a_cache_that_cannot_be_kept_fails_nothing(
+    path: Path, caching: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with bca_deploy.open(path, backend="rtx", cache=tmp_path / "file") as session:
+        session(**make(1, 2, 3))
+    assert "is not written: " in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_warming_up_keeps_the_cache_as_a_server_may_never_be_closed(path: Path, caching: Machine, tmp_path: Path) -> None:
+    session = bca_deploy.open(path, backend="rtx", cache=tmp_path)
+    session.warmup([(1, 2, 3)])
+    assert len(list(tmp_path.iterdir())) == 1
+    session.close()
+
+
+def test_kernels_are_compiled_before_a_call_is_captured(path: Path, caching: Machine) -> None:
+    for graphs, wanted in ((0, None), (2, "EAGER")):
+        Config.made.clear()
+        bca_deploy.open(path, backend="rtx", cuda_graphs=graphs).close()
+        found = Config.made[-1].dynamic_shapes_kernel_specialization_strategy
+        assert (found and found.name) == wanted
 
 
 def test_without_a_place_for_it_no_cache_is_written(path: Path, caching: Machine) -> None:

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from cuda.core.utils import StridedMemoryView
 from test_bundle import run_without
 
 from bca_deploy import nvidia
-from bca_deploy.cuda import failing_as, open_gpu
+from bca_deploy.cuda import array_of, failing_as, open_gpu
 from bca_deploy.engine_backend import engine_runner
-from bca_deploy.errors import EngineError
+from bca_deploy.errors import EngineError, InputError
 from bca_deploy.gpus import query
 from bca_deploy.loaded_engine import EngineOptions, LoadedEngine, Said, load_engine
 
@@ -33,7 +35,7 @@ def test_an_element_type_that_no_model_here_has_is_refused() -> None:
         num_io_tensors=1, get_tensor_name=lambda index: "x", get_tensor_dtype=lambda name: SimpleNamespace(name="FP8")
     )
     with pytest.raises(EngineError, match=r"^the engine's x is FP8; models here have FLOAT, HALF, BF16, BOOL$"):
-        LoadedEngine(nvidia.load("rtx"), engine, Said())
+        LoadedEngine(nvidia.load("rtx"), engine, Said(), EngineOptions())
 
 
 @pytest.mark.skipif(bool(query().found), reason="this machine has a GPU")
@@ -64,6 +66,23 @@ def test_what_cuda_raises_is_told_in_one_line() -> None:
         raise RuntimeError("out of memory\nand more")
     with pytest.raises(EngineError, match=r"^the copy failed on the GPU: RuntimeError\(\)$"), failing_as("the copy"):
         raise RuntimeError
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "bool"])
+def test_arrays_are_seen_where_they_are(dtype: str) -> None:
+    tensor = torch.zeros(5, 1, 3, dtype=getattr(torch, dtype)).transpose(0, 1)  # contiguous: an axis of one has any stride
+    seen = StridedMemoryView.from_dlpack(tensor, stream_ptr=-1)
+    array = array_of("x", seen, tensor, -1)
+    assert (array.address, array.shape, array.dtype.name) == (tensor.data_ptr(), (1, 5, 3), dtype)
+
+
+def test_arrays_with_gaps_or_elsewhere_are_refused() -> None:
+    tensor = torch.zeros(4, 6)
+    for view in (tensor[:, ::2], tensor.t(), tensor[:, :3]):
+        with pytest.raises(InputError, match=r"^input x has gaps between its elements; give a C-contiguous array$"):
+            array_of("x", StridedMemoryView.from_dlpack(view, stream_ptr=-1), view, -1)
+    with pytest.raises(InputError, match=r"^input x is on GPU -1, and this session runs on 0; move it there$"):
+        array_of("x", StridedMemoryView.from_dlpack(tensor, stream_ptr=-1), tensor, 0)
 
 
 @pytest.mark.parametrize(

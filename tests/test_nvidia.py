@@ -94,7 +94,9 @@ def is_rtx_only(name: str) -> bool:
     return name.startswith("ComputeCapability") or name in (
         "IBuilderConfig.num_compute_capabilities",
         "IBuilderConfig.set_compute_capability",
+        "IExecutionContext.is_stream_capturable",
         "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
         "IRuntimeConfig.set_runtime_cache",
         "IRuntimeCache.deserialize",
         "IRuntimeCache.serialize",

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import make_checkpoint
 from gpu_double import DeviceTensor, HostGpu
 from test_session import make
 
@@ -101,6 +103,21 @@ def test_half_precision_on_the_tensorrt_provider_is_refused_with_the_way_out(exp
         bca_deploy.open(exported.directory, backend="onnxruntime-tensorrt", precision="fp16")
 
 
+def test_bfloat16_edges_are_refused_with_the_way_out_and_passed_over_in_auto(tmp_path: Path, ort: Ort) -> None:
+    module = make_checkpoint().module(torch.float32)
+    bundle = bca_deploy.export(module, tmp_path / "bf16", precision=("bf16", "fp32"), keep_io_types=False)
+    with pytest.raises(InputError, match=r"^models/bf16.onnx takes bfloat16, .*; export it with --keep-io-types, or choose"):
+        bca_deploy.open(bundle.directory, backend="onnxruntime-cuda", precision="bf16")
+    with bca_deploy.open(bundle.directory) as session:
+        assert session.explain().chosen.startswith("onnxruntime-cuda: models/fp32.onnx")
+
+
+def test_side_by_side_on_a_gpu_opens_no_second_session(exported: Bundle, ort: Ort) -> None:
+    with bca_deploy.open(exported.directory, precision="fp32", backend="onnxruntime-cuda") as session:
+        session.run_many([tuple(make(1, 3, 4).values())] * 4, policy="alone")
+    assert len(ort.providers) == 1
+
+
 def test_a_provider_that_does_not_start_is_an_error_and_no_fallback(exported: Bundle, ort: Ort) -> None:
     ort.starts = False
     with pytest.raises(EngineError, match=r"^CUDAExecutionProvider does not start here; run with ORT_LOGGING_LEVEL=1"):
@@ -111,7 +128,7 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(exported: Bundle, ort: Ort) 
     inputs = make(2, 5, 3)
     with bca_deploy.open(exported.directory, backend="onnxruntime-cuda", precision="fp32") as session:
         wanted = session(**inputs)
-        given = inputs | {name: DeviceTensor(inputs[name]) for name in ("x", "context")}
+        given = inputs | {name: DeviceTensor(inputs[name].copy()) for name in ("x", "context")}
         found = session(**given)
     for ours, theirs in zip(found, wanted, strict=True):
         assert isinstance(ours, DeviceTensor)

@@ -248,6 +248,139 @@ def test_failures_are_counted_and_the_next_call_works(exported: Bundle, monkeypa
         assert (session.metrics().calls, session.metrics().failures) == (2, 1)
 
 
+def test_closing_finishes_what_was_accepted_and_calls_under_way_end_well(exported: Bundle) -> None:
+    session = bca_deploy.open(exported.directory, threads=1)
+    run, inputs, entered, go = session._backend.run, make(1, 3, 4), threading.Event(), threading.Event()
+
+    def slowly(given: Any) -> Any:
+        entered.set()
+        go.wait(5)
+        return run(given)
+
+    session._backend.run = slowly  # type: ignore[method-assign]
+
+    async def many() -> list[Any]:
+        calls = [asyncio.ensure_future(session.run_async(**inputs)) for _ in range(5)]
+        await asyncio.to_thread(entered.wait, 5)
+        closing = asyncio.create_task(asyncio.to_thread(session.close))
+        await asyncio.sleep(0.05)
+        go.set()
+        await closing
+        return await asyncio.gather(*calls)
+
+    found = asyncio.run(many())
+    with bca_deploy.open(exported.directory) as other:
+        wanted = other(**inputs)
+    assert all(np.array_equal(a, b) for outputs in found for a, b in zip(outputs, wanted, strict=True))
+
+
+@pytest.mark.parametrize("method", ["run", "run_alone"])
+def test_a_call_that_reaches_a_closed_backend_says_so(exported: Bundle, method: str) -> None:
+    session = bca_deploy.open(exported.directory)
+    backend, inputs = session._backend, make(1, 3, 4)
+    session.close()
+    with pytest.raises(BcaError, match=r"^the session is closed; open the bundle again$"):
+        getattr(backend, method)(inputs)
+    assert backend._alone is None  # type: ignore[attr-defined]  # and opens nothing
+
+
+def test_many_threads_calling_while_the_session_closes_get_results_or_that_it_is_closed(exported: Bundle) -> None:
+    wanted, refused = None, list[str]()
+    for _ in range(5):
+        session, begin = bca_deploy.open(exported.directory, threads=1), threading.Barrier(9)
+
+        def work(index: int, session: Session = session, begin: threading.Barrier = begin) -> Any:
+            begin.wait()
+            found = None
+            for _ in range(50):
+                try:
+                    found = session(**make(1, 3, 4))
+                except BcaError as error:
+                    refused.append(str(error))
+                    break
+            return found
+
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(work, index) for index in range(8)]
+            begin.wait()
+            session.close()
+            for found in (call.result() for call in calls):
+                wanted = found if wanted is None else wanted
+                assert found is None or np.array_equal(found[0], wanted[0])
+    assert set(refused) <= {"the session is closed; open the bundle again"}
+
+
+def test_what_onnxruntime_raises_is_one_of_our_errors_and_names_the_shapes(exported: Bundle) -> None:
+    with bca_deploy.open(exported.directory) as session:
+        inputs = make(1, 3, 4)
+        del inputs["mask"]
+        with pytest.raises(
+            EngineError, match=r"^onnxruntime failed on x \[1, 3, 24\], context \[1, 4, 16\], context_mask \[1, 4\]: "
+        ):
+            session._backend.run(inputs)
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(1, 1), (3, 3), (None, 0)])
+def test_the_thread_count_reaches_onnxruntime(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int
+) -> None:
+    import onnxruntime
+
+    seen, real = [], onnxruntime.InferenceSession
+
+    def spy(path: str, options: Any, **rest: Any) -> Any:
+        seen.append(options.intra_op_num_threads)
+        return real(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    with bca_deploy.open(exported.directory, threads=threads) as session:
+        session.run_many([tuple(make(1, 3, 4, seed).values()) for seed in range(4)])
+    assert seen == [wanted, 1]
+
+
+def test_an_oversized_request_is_refused_before_anything_is_made_of_it(session: Session) -> None:
+    context = make(1, 2, 3)["context"]
+    for cast in (False, True):
+        with pytest.raises(InputError, match=r"^input x: axis 1 \(x_len\) is 100000000000, allowed 1 to 2048"):
+            session(np.broadcast_to(np.float64(0), (1, 10**11, 24)), context, cast=cast)
+
+
+def test_an_unknown_policy_is_refused(session: Session) -> None:
+    with pytest.raises(InputError, match=r"^policy 'Pad' is not known; allowed: auto, alone, pad$"):
+        session.run_many([], policy="Pad")  # type: ignore[arg-type]
+
+
+def test_pairs_may_come_from_generators_and_torch_goes_out_again(session: Session) -> None:
+    inputs = [torch.from_numpy(array) for array in make(1, 3, 4).values()]
+    ((out, _),) = session.run_many(iter([iter(inputs)]))
+    assert torch.equal(out, session(*inputs)[0])
+
+
+def test_run_many_does_not_wait_behind_what_it_did_not_need(exported: Bundle) -> None:
+    with bca_deploy.open(exported.directory, threads=2) as session:
+        free = threading.Event()
+        session._executor().submit(free.wait, 20)
+        session._executor().submit(free.wait, 20)
+        try:
+            pairs = [tuple(make(1, 3, 4, seed).values()) for seed in range(6)]
+            assert len(session.run_many(pairs)) == 6  # both threads are taken, so the caller does it all
+        finally:
+            free.set()
+
+
+def test_the_callers_context_is_there_in_the_background(exported: Bundle) -> None:
+    import contextvars
+
+    request = contextvars.ContextVar("request", default="lost")
+    told: list[str] = []
+    with bca_deploy.open(exported.directory, on_call=lambda call: told.append(request.get()), threads=2) as session:
+        request.set("mine")
+        asyncio.run(session.run_async(**make(1, 3, 4)))
+        session.run_many([tuple(make(1, 3, 4, seed).values()) for seed in range(40)])
+    assert set(told) == {"mine"}
+    assert len(told) == 41
+
+
 def test_a_closed_session_says_so(exported: Bundle) -> None:
     session = bca_deploy.open(exported.directory)
     session.close()
@@ -386,6 +519,15 @@ def test_bca_run_refuses_with_exit_code_2(exported: Bundle, arguments: tuple[str
     done = bca("run", exported.directory, *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_bca_run_refuses_a_damaged_archive_of_arrays(exported: Bundle, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **make(1, 2, 3))
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[: len(whole) // 2])
+    done = bca("run", exported.directory, "--input", tmp_path / "x.npz")
+    assert done.exit_code == 2
+    assert "x.npz is no readable .npy or .npz file" in done.stderr
 
 
 def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
