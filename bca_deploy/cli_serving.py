@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bca_deploy.cli import BackendFlag, BundleArgument, VerboseFlag, _guarded, app
+from bca_deploy.cli_common import BackendFlag, BundleArgument, VerboseFlag, app, guarded
 from bca_deploy.errors import InputError
 
 
@@ -45,7 +45,7 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
 
     SIGTERM and ctrl-C finish the requests under way. Exit codes: 0 stopped, 1 self-test failed, 2 bad input.
     """
-    with _guarded(verbose):
+    with guarded(verbose):
         from bca_deploy.batching import Limits
         from bca_deploy.serve import Options, read_token, serve
 
@@ -109,7 +109,7 @@ def package_command(  # noqa: PLR0913  (one parameter per option)
 
     Exit codes: 0 done, 2 bad input.
     """
-    with _guarded(verbose):
+    with guarded(verbose):
         from bca_deploy import cluster
         from bca_deploy.bundle import Bundle
         from bca_deploy.triton import Options, write

@@ -10,7 +10,6 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bca_deploy import tensors
 from bca_deploy.contract import Contract
@@ -19,8 +18,6 @@ from bca_deploy.manifest import TensorEntry
 from bca_deploy.session import Pair
 from bca_deploy.spec import Axis
 from bca_deploy.wire import DATATYPE, NUMPY
-
-Array = NDArray[Any]
 
 #: The server's own limits are not in the protocol's metadata; it says them when a size is refused.
 _SIZES: Any = SimpleNamespace(min=0, max=2**31 - 1)
@@ -139,10 +136,11 @@ class RemoteSession:
         result = self._asked(
             lambda: self._client.infer(self._model, sent, headers=self._headers, client_timeout=self._deadline_s)
         )
-        back = tensors.back(given.values())
+        back = tensors.back(given.values()) or (lambda array: array)
+        # Copied: the arrays are views of the message, and read-only.
         return {tensor.name: back(np.array(result.as_numpy(tensor.name))) for tensor in self.outputs}
 
-    def _input(self, name: str, array: Array) -> Any:
+    def _input(self, name: str, array: Any) -> Any:
         made = self._library.InferInput(name, array.shape, DATATYPE[array.dtype.name])
         return made.set_data_from_numpy(array)
 

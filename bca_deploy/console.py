@@ -19,6 +19,7 @@ from bca_deploy.manifest import Manifest
 from bca_deploy.spec import Axis, DimRange, LayerSpec
 
 if TYPE_CHECKING:
+    from bca_deploy.bench import Report
     from bca_deploy.doctor import Finding
     from bca_deploy.manifest import EngineEntry
     from bca_deploy.pipeline import Plan
@@ -208,6 +209,23 @@ def show_run(session: "Session", outputs: dict[str, Any], where: Path | None, as
     for name, shape in shapes.items():
         _out.print(f"{name}: {shape['shape']} {shape['dtype']}")
     _out.print(f"outputs: {where}" if where else "self-test passed")
+
+
+def show_bench(report: "Report", as_json: bool) -> None:
+    """Print a grid of measurements, each beside the session at the same shape."""
+    if as_json:
+        print(report.as_json())  # noqa: T201
+        return
+    _out.print(f"{report.machine}; session on {report.backend}")
+    session = {m.shape: m.p50_ms for m in report.measurements if m.contender == "session"}
+    table = Table("shape", "contender", "p50 ms", "p90 ms", "p99 ms", "pairs/s", "peak MB", "p50 / session", box=SIMPLE)
+    for m in report.measurements:
+        times = [f"{value:.3g}" for value in (m.p50_ms, m.p90_ms, m.p99_ms, m.pairs_per_s)]
+        shape = "x".join(map(str, m.shape))
+        table.add_row(shape, m.contender, *times, f"{m.peak_rss_mb:.0f}", f"{m.p50_ms / session[m.shape]:.2f}")
+    _out.print(table)
+    for name, why in report.left_out.items():
+        _out.print(f"left out: {name}: {why}")
 
 
 def show_findings(findings: tuple["Finding", ...], as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +10,16 @@ from numpy.typing import NDArray
 from bca_deploy.errors import InputError, nearest
 from bca_deploy.spec import Axis, DimRange, Dims
 
-if TYPE_CHECKING:  # a Triton server runs this module on numpy alone: see triton.py
+if TYPE_CHECKING:
+    from bca_deploy.cuda import DeviceArray
     from bca_deploy.manifest import TensorEntry
 
 Array = NDArray[Any]
+AnyArray: TypeAlias = "Array | DeviceArray"
 
 _OPTIONAL = ("mask", "context_mask")
+#: Accepted shapes that are remembered.
+_MOST_SHAPES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,16 @@ class Contract:
         tensors: the model's inputs, in order.
         dims: the sizes that the named dimensions may take.
         advice: what to do where a size is refused; goes into the error.
+        profiles: the combinations of sizes, where not every one within ``dims`` will do.
     """
 
-    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str) -> None:
-        self._inputs = [_Input(t.name, np.dtype(_numpy_name(t.dtype)), t.axes, t.name in _OPTIONAL) for t in tensors]
+    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str, profiles: tuple[Dims, ...] = ()) -> None:
+        self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
+        self._dtypes = [(entry.name, entry.dtype) for entry in self._inputs]
+        self._accepted: set[tuple[tuple[int, ...], ...]] = set()
         self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}
-        self._advice = advice
+        self._advice, self._profiles = advice, profiles
 
     def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs by name; ``None`` counts as not given.
@@ -62,32 +69,66 @@ class Contract:
             given[name] = value
         return given
 
-    def check(self, given: Mapping[str, Array], cast: bool = False) -> dict[str, Array]:
+    def check(self, given: Mapping[str, AnyArray], cast: bool = False) -> dict[str, AnyArray]:
         """Return every input as the model takes it; masks that were not given are all true.
 
         Args:
-            given: numpy arrays by name.
+            given: arrays by name, on the CPU or the GPU.
             cast: turn other floating-point dtypes, and masks of 0 and 1, into the model's dtypes.
 
         Raises:
             InputError: naming the input, the axis, what it got, what is allowed and the way out.
         """
-        sizes: dict[str, tuple[int, str]] = {}
-        ready: dict[str, Array] = {}
+        shapes = self._shapes(given)
+        if shapes in self._accepted:
+            return dict(given)
+        ready = self._checked(given, cast)
+        if shapes is not None and len(self._accepted) < _MOST_SHAPES:
+            self._accepted.add(shapes)
+        return ready
+
+    def _shapes(self, given: Mapping[str, AnyArray]) -> tuple[tuple[int, ...], ...] | None:
+        """Return the shapes of all inputs in order; None where one is missing or of another dtype.
+
+        Shapes that were accepted once are again: a server's calls repeat them, and the whole check costs 20 µs after a model
+        has filled the caches with its weights.
+        """
+        found = []
+        for name, dtype in self._dtypes:
+            array = given.get(name)
+            if array is None or array.dtype != dtype:
+                return None
+            found.append(array.shape)
+        return tuple(found)
+
+    def _checked(self, given: Mapping[str, AnyArray], cast: bool) -> dict[str, AnyArray]:
+        sizes = self._sizes(given)  # of all, before anything is made of any
+        ready: dict[str, AnyArray] = {}
         for entry in self._inputs:
             array = given.get(entry.name)
             if array is None:
-                if not entry.optional:
-                    raise InputError(f"input {entry.name} is missing; the model takes {', '.join(self.names)}")
-                continue
-            if array.dtype != entry.dtype:
-                array = self._cast(entry, array, cast)
-            self._check_shape(entry, array.shape, sizes)
-            ready[entry.name] = array
-        for entry in self._inputs:
-            if entry.name not in ready:
-                ready[entry.name] = np.ones([sizes[str(axis)][0] for axis in entry.axes], np.bool_)
+                ready[entry.name] = np.ones(shape_of(entry.axes, sizes), np.bool_)
+            else:
+                ready[entry.name] = array if array.dtype == entry.dtype else self._cast(entry, array, cast)
         return ready
+
+    def _sizes(self, given: Mapping[str, AnyArray]) -> dict[str, int]:
+        """Return the size of each named dimension, checked against everything that is known of it."""
+        found: dict[str, tuple[int, str]] = {}
+        for entry in self._inputs:
+            array = given.get(entry.name)
+            if array is not None:
+                self._check_shape(entry, array.shape, found)
+            elif not entry.optional:
+                raise InputError(f"input {entry.name} is missing; the model takes {', '.join(self.names)}")
+        sizes = {name: size for name, (size, _) in found.items()}
+        if self._profiles and not any(profile.holds(sizes) for profile in self._profiles):
+            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(
+                f"no optimization profile of the engine holds {got}; it has {'; or '.join(map(str, self._profiles))}; "
+                "pad, split the batch, or build the engine with a profile for it"
+            )
+        return sizes
 
     def _check_shape(self, entry: _Input, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
         if len(shape) != len(entry.axes):
@@ -115,28 +156,39 @@ class Contract:
                 f"input {entry.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; {self._advice}"
             )
 
-    def _cast(self, entry: _Input, array: Array, cast: bool) -> Array:
+    def _cast(self, entry: _Input, array: AnyArray, cast: bool) -> Array:
         mask = entry.dtype == np.bool_
         possible = array.dtype.kind in ("iu" if mask else "f") or array.dtype.name == "bfloat16"
-        if not cast or not possible:
-            hint = "; cast=True converts it" if possible else ""
+        if not cast or not possible or not isinstance(array, np.ndarray):
+            way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
+            hint = way_out if possible else ""
             raise InputError(f"input {entry.name} has dtype {array.dtype}, and needs {entry.dtype}{hint}")
-        if mask and not ((array == 0) | (array == 1)).all():
-            raise InputError(
-                f"input {entry.name}: a mask of integers must hold 0 and 1 alone, and its largest is {array.max()}"
-            )
+        if mask and (others := array[(array != 0) & (array != 1)]).size:
+            raise InputError(f"input {entry.name}: a mask of integers must hold 0 and 1 alone, and it holds {others[0]}")
         with np.errstate(over="ignore"):  # checked below, with a better message
             converted = array.astype(entry.dtype)
-        if not mask and np.isfinite(array).all() and not np.isfinite(converted).all():
-            raise InputError(f"input {entry.name} holds {np.abs(array).max():.3g}, more than {entry.dtype} can; scale it down")
+        if not mask and (over := np.isfinite(array) & ~np.isfinite(converted)).any():
+            largest = np.abs(array[over]).max()
+            raise InputError(f"input {entry.name} holds {largest:.3g}, more than {entry.dtype} can; scale it down")
         return converted
+
+
+def shape_of(axes: tuple[Axis, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return a tensor's shape: a number is fixed, a name stands for its size."""
+    return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes)
+
+
+def sizes_of(inputs: "Mapping[str, AnyArray]") -> dict[str, int]:
+    """Return the size of each named dimension of a checked call."""
+    return {"batch": inputs["x"].shape[0], "x_len": inputs["x"].shape[1], "context_len": inputs["context"].shape[1]}
 
 
 def _shown(axes: tuple[Axis, ...]) -> str:
     return f"[{', '.join(map(str, axes))}]"
 
 
-def _numpy_name(dtype: str) -> str:
-    if dtype == "bfloat16":
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return numpy's element type of that name; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
         import ml_dtypes  # noqa: F401  (gives numpy the name)
-    return dtype
+    return np.dtype(name)

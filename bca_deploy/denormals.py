@@ -25,7 +25,10 @@ class _Fenv(ctypes.Structure):
 def _load() -> ctypes.CDLL | None:
     if platform.system() != "Linux" or not _BITS:
         return None
-    library = ctypes.CDLL("libm.so.6")
+    try:
+        library = ctypes.CDLL("libm.so.6")
+    except OSError:  # another C library, whose fenv_t is another
+        return None
     return library if hasattr(library, "fegetenv") else None
 
 

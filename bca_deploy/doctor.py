@@ -42,6 +42,7 @@ def examine() -> tuple[Finding, ...]:
         _onnxruntime(gpus),
         _library("rtx", "engines built ahead of time, for GeForce and RTX GPUs"),
         _library("tensorrt", "engines built on the GPU they are for"),
+        _package("cuda-core", "rtx", "running engines, arrays on the GPU"),
         _driver(gpus),
         *(_gpu(gpus)),
     )
@@ -49,7 +50,7 @@ def examine() -> tuple[Finding, ...]:
 
 def _package(name: str, extra: str, enables: str, detail: Any = None) -> Finding:
     try:
-        module = import_module(name)
+        module = import_module(name.replace("-", "."))
         found = f"{version(name)}{detail(module) if detail else ''}"
     except (ImportError, OSError, PackageNotFoundError):
         return Finding(name, False, "", enables, f"pip install 'bca-deploy[{extra}]'")

@@ -270,17 +270,30 @@ def _as_flag(profile: Dims) -> str:
     return ",".join(f"{name}={r.min}:{r.opt}:{r.max}" for name, r in vars(profile).items())
 
 
-def usable(bundle: Bundle, library: EngineLibrary, loaded: str, capability: str) -> tuple[EngineEntry, Path]:
+def of_library(bundle: Bundle, library: EngineLibrary, precision: Precision | None = None) -> list[EngineEntry]:
+    """Return the bundle's engines for a library.
+
+    Raises:
+        EngineError: there is none, with the command that builds one.
+    """
+    asked = f" --precision {precision}" if precision else ""
+    found = [e for e in bundle.manifest.engines if e.library == library and precision in (None, e.precision)]
+    if not found:
+        kind = f"{library} engine of precision {precision}" if precision else f"{library} engine"
+        raise EngineError(f"{bundle.source} has no {kind}; build one: bca build {bundle.source} --engine {library}{asked}")
+    return found
+
+
+def usable(
+    bundle: Bundle, library: EngineLibrary, loaded: str, capability: str, precision: Precision | None = None
+) -> tuple[EngineEntry, Path]:
     """Return the bundle's engine for a library and a GPU.
 
     Raises:
         EngineError: there is none, or every one is stale; with each reason and the command that rebuilds it.
     """
-    engines = [entry for entry in bundle.manifest.engines if entry.library == library]
-    if not engines:
-        raise EngineError(f"{bundle.source} has no {library} engine; build one: bca build {bundle.source} --engine {library}")
     reasons = []
-    for entry in engines:
+    for entry in of_library(bundle, library, precision):
         reason = why_stale(entry, bundle.manifest, loaded, capability)
         if reason is None:
             return entry, bundle.path(entry.file)

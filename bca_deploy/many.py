@@ -1,7 +1,25 @@
 """Many pairs of different lengths: padded into batches where a GPU likes that, side by side on single threads on a CPU."""
 
-from collections.abc import Sequence
+import contextvars
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bca_deploy.backends import Backend
+from bca_deploy.contract import sizes_of
+from bca_deploy.errors import InputError
+from bca_deploy.spec import Dims
+
+Array = NDArray[Any]
+#: The checked inputs of one pair, or its outputs, by name.
+Pair = dict[str, Array]
+#: Runs and times one call: a method of the backend, and the inputs.
+Timed = Callable[[Any, Mapping[str, Array]], Pair]
 
 #: Pairs with more rows than this keep all threads busy by themselves. Side by side against one after another, onnxruntime 1.32
 #: on 2 cores, dims 512/386: 1.17x at 2 x 128 rows, 1.13x at 2 x 256, 1.01x at 2 x 512.
@@ -40,29 +58,29 @@ class Size:
         return self.batch * ((self.x_len + self.context_len) * 2.0 * self.width + 2.0 * self.x_len * self.context_len)
 
 
-def buckets(sizes: Sequence[Size], largest_batch: int) -> list[list[int]]:
+def buckets(sizes: Sequence[Size], profiles: Sequence[Dims]) -> list[list[int]]:
     """Group pairs for padding: similar lengths together, at most ``PADDING`` of each group's rows padding.
 
     Args:
         sizes: of the requests.
-        largest_batch: pairs that one call may hold.
+        profiles: what one call may hold: at least one of them holds each group.
 
     Returns:
         Indices of the requests of each group, every request once.
     """
     groups: list[list[Size]] = []
     for size in sorted(sizes, key=lambda s: (s.x_len, s.context_len)):
-        if not (groups and _fits([*groups[-1], size], largest_batch)):
+        if not (groups and _fits([*groups[-1], size], profiles)):
             groups.append([])
         groups[-1].append(size)
     return [[size.index for size in group] for group in groups]
 
 
-def _fits(group: list[Size], largest_batch: int) -> bool:
-    pairs = sum(size.batch for size in group)
-    full = pairs * (max(s.x_len for s in group) + max(s.context_len for s in group))
-    real = sum(size.batch * (size.x_len + size.context_len) for size in group)
-    return pairs <= largest_batch and full - real <= PADDING * full
+def _fits(group: list[Size], profiles: Sequence[Dims]) -> bool:
+    pairs, x_len, context_len = sum(s.batch for s in group), max(s.x_len for s in group), max(s.context_len for s in group)
+    padded = {"batch": pairs, "x_len": x_len, "context_len": context_len}
+    full, real = pairs * (x_len + context_len), sum(s.rows for s in group)
+    return any(profile.holds(padded) for profile in profiles) and full - real <= PADDING * full
 
 
 def schedule(sizes: Sequence[Size], workers: int) -> tuple[list[int], list[int]]:
@@ -90,3 +108,105 @@ def _even(costs: list[float], workers: int) -> bool:
     for cost in costs:
         loads[loads.index(min(loads))] += cost
     return max(loads) <= 1.1 * sum(costs) / workers
+
+
+class Many:
+    """Runs many pairs on a backend.
+
+    Args:
+        backend: what runs.
+        width: features of a row inside, for the cost.
+        workers: threads for what runs side by side.
+        timed: runs one call.
+        executor: gives the threads.
+        count_padding: told of rows added.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        width: int,
+        workers: int,
+        timed: Timed,
+        executor: Callable[[], ThreadPoolExecutor],
+        count_padding: Callable[[int], None],
+    ) -> None:
+        self._backend, self._width, self._workers = backend, width, workers
+        self._timed, self._executor, self._count_padding = timed, executor, count_padding
+
+    def _sizes(self, ready: Sequence[Pair]) -> list[Size]:
+        return [Size(index, width=self._width, **sizes_of(one)) for index, one in enumerate(ready)]
+
+    def side_by_side(self, ready: list[Pair]) -> list[Pair]:
+        """Return the outputs of each pair: the large ones on all threads in turn, the others on one thread each."""
+        together, alone = schedule(self._sizes(ready), self._workers)
+        outputs: dict[int, Pair] = {i: self._timed(self._backend.run, ready[i]) for i in together}
+        waiting = deque(alone)
+
+        def work() -> None:
+            while True:
+                try:
+                    index = waiting.popleft()
+                except IndexError:  # nothing is waiting any more
+                    return
+                outputs[index] = self._timed(self._backend.run_alone, ready[index])
+
+        # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
+        helpers = [
+            self._executor().submit(contextvars.copy_context().run, work) for _ in range(min(self._workers, len(alone)) - 1)
+        ]
+        try:
+            work()
+        finally:
+            waiting.clear()  # where one request fails, nobody begins another
+            # A helper that got no thread by now has nothing left to do.
+            errors = [error for helper in helpers if not helper.cancel() and (error := helper.exception())]
+        if errors:
+            raise errors[0]
+        return [outputs[index] for index in range(len(ready))]
+
+    def padded(self, ready: list[Pair]) -> list[Pair]:
+        """Return the outputs of each pair, run in padded batches.
+
+        Raises:
+            InputError: the model cannot be padded.
+        """
+        self._check_padding(ready)
+        outputs: list[Pair] = [{} for _ in ready]
+        for group in buckets(self._sizes(ready), self._backend.profiles or (self._backend.dims,)):
+            batch = self._stack([ready[index] for index in group])
+            stacked = self._timed(self._backend.run, batch)
+            start = 0
+            for index in group:
+                outputs[index] = _cut(stacked, start, ready[index])
+                start += ready[index]["x"].shape[0]
+        return outputs
+
+    def _check_padding(self, ready: list[Pair]) -> None:
+        lengths = {(r["x"].shape[1], r["context"].shape[1]) for r in ready}
+        names = {tensor.name for tensor in self._backend.inputs}
+        if len(lengths) > 1 and not {"mask", "context_mask"} <= names:
+            raise InputError(
+                "pairs of different lengths cannot be padded without masks; export with both masks, or policy='alone'"
+            )
+        if "rel_pos_bias" in names or "attn" in {tensor.name for tensor in self._backend.outputs}:
+            raise InputError("pairs with a position bias or attention maps cannot be padded; use policy='alone'")
+
+    def _stack(self, group: list[Pair]) -> dict[str, Array]:
+        rows = {"x": max(r["x"].shape[1] for r in group), "context": max(r["context"].shape[1] for r in group)}
+        lengths = rows | {"mask": rows["x"], "context_mask": rows["context"]}
+        added = sum(r[n].shape[0] * (rows[n] - r[n].shape[1]) for r in group for n in rows)
+        self._count_padding(added)
+        return {name: np.concatenate([_pad(r[name], lengths[name]) for r in group]) for name in group[0]}
+
+
+def _pad(array: Array, length: int) -> Array:
+    missing = length - array.shape[1]
+    return np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)]) if missing else array
+
+
+def _cut(stacked: Mapping[str, Array], start: int, ready: Mapping[str, Array]) -> Pair:
+    """Return one pair's outputs from a padded batch; copies, so that one kept result does not keep the batch."""
+    rows = slice(start, start + ready["x"].shape[0])
+    lengths = {"out": ready["x"].shape[1], "context_out": ready["context"].shape[1]}
+    return {name: stacked[name][rows, :length].copy() for name, length in lengths.items()}

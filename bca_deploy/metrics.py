@@ -2,7 +2,7 @@
 
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -34,6 +34,33 @@ class Metrics:
     padded_rows: int = 0
     seconds: float = 0.0
     histogram: tuple[int, ...] = field(default=(0,) * (len(BOUNDS_MS) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call on the backend, for an observer: enough for an OpenTelemetry span that is started and ended with its times.
+
+    Attributes:
+        start_ns: when it began, in nanoseconds since the epoch.
+        end_ns: when it ended.
+        backend: what it ran on.
+        batch: pairs of sequences in it.
+        x_len: length of ``x``, padding included.
+        context_len: length of ``context``, padding included.
+        failed: whether it raised.
+    """
+
+    start_ns: int
+    end_ns: int
+    backend: str
+    batch: int
+    x_len: int
+    context_len: int
+    failed: bool
+
+
+#: Told of every call; what it raises is logged.
+Observer = Callable[[Call], None]
 
 
 class Meter:

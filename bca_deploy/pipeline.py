@@ -20,7 +20,7 @@ from bca_deploy.bundle import Bundle
 from bca_deploy.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import BundleError, InputError, ParityError
-from bca_deploy.lowering import DTYPES, choose, has_cpu_form, lower, lowered_state
+from bca_deploy.lowering import choose, graph_state, has_cpu_form, lower
 from bca_deploy.manifest import (
     DTYPE_OF,
     EXPECT_FILE,
@@ -260,7 +260,8 @@ def refit_model(plan: Plan, model: ModelEntry, directory: Path, clock: Clock) ->
     path = directory / model.file
     with clock.stage(f"weights {model.precision}"):
         graph = ir.external_data.load_to_model(ir.load(path))  # nothing may still read from the file to be written
-        attach(graph, lowered_state(plan.checkpoint.state, DTYPES[model.precision]))
+        masked = plan.recipe.interface.masked
+        attach(graph, graph_state(plan.checkpoint, model.lowering, model.precision, model.runtime, masked))
         write(graph, path, plan.recipe.external_data_bytes)
     return _judge(plan, model.precision, model.runtime, path, len(graph.graph), clock)
 
@@ -281,7 +282,8 @@ def _make_model(
     path.parent.mkdir(exist_ok=True)
     with clock.stage(f"trace {name}"):
         maps = recipe.interface.attention_maps
-        lowered = lower(plan.checkpoint, plan.lowering, precision, recipe.keep_io_types, maps, runtime)
+        masked = recipe.interface.masked
+        lowered = lower(plan.checkpoint, plan.lowering, precision, recipe.keep_io_types, maps, runtime, masked)
         model = trace(lowered, spec, recipe.interface, recipe.opset, _metadata(plan, precision), runtime)
         write(model, path, recipe.external_data_bytes)
     return _judge(plan, precision, runtime, path, len(model.graph), clock)

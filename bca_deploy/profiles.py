@@ -1,6 +1,7 @@
-"""Optimization profiles: from ranges of the named dimensions to shapes of the tensors, checked before any builder is called."""
+"""Optimization profiles: from ranges of the named dimensions to shapes of the tensors, and the profile for given shapes."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from bca_deploy.errors import InputError
@@ -10,6 +11,8 @@ from bca_deploy.spec import Dims
 
 #: The smallest, the optimal and the largest shape of one tensor.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+#: Those of each input: one profile.
+Ranges = Mapping[str, Shapes]
 
 
 def resolve(tables: Iterable[ProfileTable], dims: Dims) -> tuple[Dims, ...]:
@@ -52,3 +55,42 @@ def is_static(profiles: tuple[Dims, ...]) -> bool:
     """Whether the one profile fixes every dimension, so that the engine needs none."""
     ranges = [getattr(profile, axis.name) for profile in profiles for axis in fields(Dims)]
     return len(profiles) == 1 and all(r.min == r.max for r in ranges)
+
+
+def choose_profile(profiles: Sequence[Ranges], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the number of the profile that holds the shapes and whose optimal ones are nearest to them, as ratios.
+
+    Args:
+        profiles: the engine's.
+        shapes: of the inputs at hand.
+
+    Raises:
+        InputError: no profile holds them.
+    """
+    fitting = [index for index, ranges in enumerate(profiles) if _holds(ranges, shapes)]
+    if not fitting:
+        allowed = "; ".join(_in_words(ranges) for ranges in profiles)
+        raise InputError(f"no profile of the engine holds {_sizes(shapes)}; it has: {allowed}")
+    return min(fitting, key=lambda index: _distance(profiles[index], shapes))
+
+
+def _holds(ranges: Ranges, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return all(
+        len(shape) == len(ranges[name][0])
+        and all(low <= size <= high for low, size, high in zip(ranges[name][0], shape, ranges[name][2], strict=True))
+        for name, shape in shapes.items()
+    )
+
+
+def _distance(ranges: Ranges, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Sum of the ratios' logarithms: half as long is as far off as twice as long, in every dimension alike."""
+    pairs = [pair for name, shape in shapes.items() for pair in zip(shape, ranges[name][1], strict=True)]
+    return math.fsum(abs(math.log(size / opt)) for size, opt in pairs)
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+
+
+def _in_words(ranges: Ranges) -> str:
+    return ", ".join(f"{name} {list(low)} to {list(high)}" for name, (low, _, high) in ranges.items())

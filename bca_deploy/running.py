@@ -1,9 +1,7 @@
 """`bca run`: one call from files to files, without torch."""
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.errors import InputError
+from bca_deploy.files import replacing
 from bca_deploy.session import Session
 
 Array = NDArray[Any]
@@ -41,7 +40,7 @@ def _load(name: str, path: Path) -> dict[str, Array]:
             return {name or path.stem: content}
         with content:
             return {key: content[key] for key in content.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no readable .npy or .npz file: {error}") from error
 
 
@@ -55,18 +54,6 @@ def run(session: Session, inputs: dict[str, Array], out: Path, cast: bool, force
     if out.exists() and not force:
         raise InputError(f"{out} exists; use --force to replace it, or choose another --output")
     outputs = session.run({name: array for name, array in inputs.items() if name not in known}, cast=cast)
-    with _replacing(out) as partial:
+    with replacing(out) as partial:
         np.savez(partial, **outputs)
     return outputs
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".npz", dir=out.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,16 +1,16 @@
 """Open a bundle and run it, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
 
 import asyncio
+import contextvars
 import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from bca_deploy import many, selftest, tensors
 from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
-from bca_deploy.contract import Contract
+from bca_deploy.contract import Contract, numpy_dtype, shape_of, sizes_of
+from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import BcaError, InputError, ParityError
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
-from bca_deploy.metrics import Meter, Metrics
+from bca_deploy.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.spec import Dims, Precision
 
 Array = NDArray[Any]
+AnyArray = Array | DeviceArray
 #: One request of ``run_many``: ``(x, context)``, or with masks ``(x, context, mask, context_mask)``.
 Pair = Sequence[Any]
 Policy = Literal["auto", "alone", "pad"]
@@ -32,42 +34,51 @@ Policy = Literal["auto", "alone", "pad"]
 _log = logging.getLogger("bca_deploy.session")
 
 
-def open_session(
+def open_session(  # noqa: PLR0913  (one parameter per option)
     path: str | Path,
     backend: str = "auto",
     *,
     precision: Precision | None = None,
     threads: int | None = None,
+    contexts: int = 2,
+    cuda_graphs: int = 0,
+    cache: str | Path | None = None,
+    host_code: bool = False,
     verify: Check = "full",
+    on_call: Observer | None = None,
 ) -> "Session":
     """Open a bundle to run it. Needs neither torch nor onnx.
 
     Args:
         path: the bundle's directory or archive.
         backend: ``auto`` takes the fastest that works here; a name takes that one or fails.
-        precision: of the model; None takes the best that the backend has.
+        precision: of the model; None takes the first engine that runs here, or the model that the backend runs fastest.
         threads: for onnxruntime on CPU; None takes every core.
+        contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
+        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
+        cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
+        host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
         verify: how much of the bundle is checked first: every hash, only sizes, or nothing.
+        on_call: called after each call with what it was, on its thread; see :class:`bca_deploy.metrics.Call`.
 
     Returns:
         The session; a context manager.
 
     Raises:
         BundleError: damaged, unsafe or of a newer format.
-        InputError: the backend is not known, or the precision not in the bundle.
+        InputError: the backend is not known, the precision not in the bundle, or a number out of range.
         EngineError: the backend asked for does not work here.
         MissingDependencyError: onnxruntime is not installed.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1, or None for every core")
+    options = Options(precision, threads, contexts, cuda_graphs, Path(cache) if cache else None, host_code)
     bundle = Bundle.open(path, verify)
     try:
-        chosen, explanation = choose(bundle, backend, Options(precision, threads))
+        chosen, explanation = choose(bundle, backend, options)
     except BaseException:
         bundle.close()
         raise
-    _log.info("%s: %s", path, explanation)
-    return Session(bundle, chosen, explanation, threads)
+    _log.info("%s: %s", path, explanation, extra={"bundle": str(path), "backend": chosen.name, "precision": chosen.precision})
+    return Session(bundle, chosen, explanation, threads, on_call)
 
 
 class Session:
@@ -76,13 +87,24 @@ class Session:
     Call it from any number of threads. What comes in decides what goes out: numpy for numpy, torch for torch.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, explanation: Explanation, threads: int | None = None) -> None:
-        self._bundle, self._backend, self._explanation = bundle, backend, explanation
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        explanation: Explanation,
+        threads: int | None = None,
+        on_call: Observer | None = None,
+    ) -> None:
+        self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
+        self._reader = tensors.Reader(backend.gpu)
         advice = "cut the sequence into pieces, or export again with wider dims"
-        self._contract = Contract(backend.inputs, backend.dims, advice)
+        self._contract = Contract(backend.inputs, backend.dims, advice, backend.profiles)
         self._names = tuple(tensor.name for tensor in backend.outputs)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()
+        self._many = many.Many(
+            backend, bundle.manifest.layer.inner_dim, self._workers, self._timed, self._executor, self._meter.pad
+        )
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -103,10 +125,12 @@ class Session:
             InputError: what is wrong with which input, and the way out.
             BcaError: the session is closed.
         """
+        self._check_open()
         return tuple(self._run(self._contract.bind(args, named), cast).values())
 
     def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
         """Return the outputs by name; arguments and errors as for calling the session."""
+        self._check_open()
         return self._run(self._contract.bind((), inputs), cast)
 
     def run_into(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, cast: bool = False) -> None:
@@ -114,16 +138,17 @@ class Session:
 
         Args:
             inputs: by name.
-            outputs: an array for every output, C-contiguous, of its dtype and shape.
+            outputs: an array for every output, C-contiguous, of its dtype and shape; on the CPU, or on the session's GPU.
             cast: as for calling the session.
 
         Raises:
             InputError: an input or output that does not fit.
         """
+        self._check_open()
         ready = self._ready(self._contract.bind((), inputs), cast)
-        targets = {name: tensors.as_array(name, array) for name, array in outputs.items()}
+        targets = self._reader.read(outputs, "output")
         self._check_outputs(ready, targets)
-        contiguous = {name: np.ascontiguousarray(array) for name, array in ready.items()}
+        contiguous = {n: a if isinstance(a, DeviceArray) else np.ascontiguousarray(a) for n, a in ready.items()}
         self._timed(lambda given: self._backend.run_into(given, targets), contiguous)
 
     def run_many(self, pairs: Iterable[Pair], *, policy: Policy = "auto", cast: bool = False) -> list[tuple[Any, ...]]:
@@ -144,33 +169,46 @@ class Session:
         Raises:
             InputError: naming the pair.
         """
-        given = list(pairs)
+        self._check_open()
+        if policy not in get_args(Policy):
+            raise InputError(f"policy {policy!r} is not known; allowed: {', '.join(get_args(Policy))}")
+        given = [tuple(pair) for pair in pairs]
         ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
         pads = self._backend.pads if policy == "auto" else policy == "pad"
-        outputs = self._padded(ready) if pads else self._side_by_side(ready)
-        return [
-            tuple(back(outputs[index][name]) for name in self._names)
-            for index, back in enumerate(tensors.back(pair) for pair in given)
-        ]
+        outputs = self._many.padded(ready) if pads else self._many.side_by_side(ready)
+        return [tuple(_back(one, pair).values()) for one, pair in zip(outputs, given, strict=True)]
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
-        """Run the model without blocking the event loop; as for calling the session."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor(), lambda: self(*args, cast=cast, **named))
+        """Run the model without blocking the event loop; as for calling the session.
+
+        A call that was accepted is finished, also when the session is closed meanwhile.
+        """
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        bound = self._contract.bind(args, named)
+        outputs = await loop.run_in_executor(self._executor(), lambda: context.run(self._run, bound, cast))
+        return tuple(outputs.values())
 
     def warmup(self, shapes: Iterable[tuple[int, int, int]] | None = None) -> None:
-        """Run once for each ``(batch, x_len, context_len)``, so that later calls find memory and kernels ready.
+        """Run once for each ``(batch, x_len, context_len)``, in every context, so that later calls find everything ready.
 
         Args:
-            shapes: None takes the bundle's optimal sizes.
+            shapes: None takes the optimal sizes.
+
+        Raises:
+            InputError: sizes that the model does not take.
         """
+        self._check_open()
         dims = self._backend.dims
-        for batch, x_len, context_len in shapes or [(dims.batch.opt, dims.x_len.opt, dims.context_len.opt)]:
-            sizes = {"batch": batch, "x_len": x_len, "context_len": context_len}
+        best = [(dims.batch.opt, dims.x_len.opt, dims.context_len.opt)]
+        for shape in best if shapes is None else shapes:
+            sizes = dict(zip(("batch", "x_len", "context_len"), shape, strict=True))
+            # Views of one number: an impossible shape is refused before it takes memory.
             zeros = {
-                t.name: np.zeros([sizes[a] if isinstance(a, str) else a for a in t.axes], t.dtype) for t in self._backend.inputs
+                tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), shape_of(tensor.axes, sizes))
+                for tensor in self._backend.inputs
             }
-            self.run(zeros)
+            ready = self._ready(zeros, cast=False)
+            self._timed(self._backend.warm, {name: np.ascontiguousarray(array) for name, array in ready.items()})
 
     def selftest(self) -> None:
         """Run the bundle's own inputs and hold the outputs to their bounds.
@@ -212,12 +250,18 @@ class Session:
         return self._backend.dims
 
     def close(self) -> None:
-        """Wait for calls in the background, free everything; calling the session is an error from now on."""
-        self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._backend.close()
-        self._bundle.close()
+        """Finish what ``run_async`` accepted, and free everything; calling the session is an error from now on.
+
+        Calls that other threads are in end as they would have; the memory is freed when the last of them is done.
+        """
+        with self._lock:
+            self._closed, pool = True, self._pool
+        try:
+            if pool is not None:
+                pool.shutdown()
+            self._backend.close()
+        finally:
+            self._bundle.close()
 
     def __enter__(self) -> Self:
         return self
@@ -226,122 +270,85 @@ class Session:
         self.close()
 
     def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
-        outputs, back = self._timed(self._backend.run, self._ready(given, cast)), tensors.back(given.values())
-        return {name: back(outputs[name]) for name in self._names}
+        ready = self._ready(given, cast)
+        if self._backend.gpu is not None and any(isinstance(array, DeviceArray) for array in ready.values()):
+            return self._run_on_gpu(given, ready)
+        return _back(self._timed(self._backend.run, ready), given.values())
 
-    def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, Array]:
+    def _run_on_gpu(self, given: Mapping[str, Any], ready: Mapping[str, AnyArray]) -> dict[str, Any]:
+        made = {
+            tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), numpy_dtype(tensor.dtype))
+            for tensor in self._backend.outputs
+        }
+        targets = self._reader.read(made, "output")
+        self._timed(lambda inputs: self._backend.run_into(inputs, targets), ready)
+        return made
+
+    def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, AnyArray]:
+        return self._contract.check(self._reader.read(given), cast)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise BcaError("the session is closed; open the bundle again")
-        arrays = {name: tensors.as_array(name, value) for name, value in given.items()}
-        return self._contract.check(arrays, cast)
 
-    def _ready_pair(self, index: int, pair: Pair, cast: bool) -> dict[str, Array]:
+    def _ready_pair(self, index: int, pair: tuple[Any, ...], cast: bool) -> dict[str, Array]:
         try:
-            return self._ready(self._contract.bind(tuple(pair), {}), cast)
+            ready = self._ready(self._contract.bind(pair, {}), cast)
+            if any(isinstance(array, DeviceArray) for array in ready.values()):
+                raise InputError("run_many takes arrays on the CPU; call the session for those on the GPU")
         except InputError as error:
             raise InputError(f"pair {index}: {error}") from None
+        return ready  # type: ignore[return-value]  # those of the GPU are refused above
 
-    def _timed(self, run: Any, ready: Mapping[str, Array]) -> Any:
+    def _timed(self, run: Any, ready: Mapping[str, Any]) -> Any:
         start, failed = time.perf_counter(), True
         try:
             result = run(ready)
             failed = False
         finally:
+            seconds = time.perf_counter() - start
             batch, rows = ready["x"].shape[0], ready["x"].shape[1] + ready["context"].shape[1]
-            self._meter.add(time.perf_counter() - start, batch, batch * rows, failed)
+            self._meter.add(seconds, batch, batch * rows, failed)
+            if self._on_call is not None:
+                self._observe(seconds, ready, failed)
         return result
 
-    def _check_outputs(self, ready: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        sizes = {"batch": ready["x"].shape[0], "x_len": ready["x"].shape[1], "context_len": ready["context"].shape[1]}
+    def _observe(self, seconds: float, ready: Mapping[str, AnyArray], failed: bool) -> None:
+        end_ns = time.time_ns()
+        batch, x_len = ready["x"].shape[:2]
+        call = Call(end_ns - round(seconds * 1e9), end_ns, self._backend.name, batch, x_len, ready["context"].shape[1], failed)
+        try:
+            if self._on_call is not None:
+                self._on_call(call)
+        except Exception:  # an observer's mistake must not fail a request
+            _log.exception("on_call failed")
+
+    def _shape(self, tensor: TensorEntry, ready: Mapping[str, AnyArray]) -> tuple[int, ...]:
+        return shape_of(tensor.axes, sizes_of(ready))
+
+    def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
         if set(outputs) != set(self._names):
             raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(self._names)}")
         for tensor in self._backend.outputs:
-            wanted = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
-            array = outputs[tensor.name]
-            if (
-                array.shape != wanted
-                or array.dtype != tensor.dtype
-                or not array.flags.c_contiguous
-                or not array.flags.writeable
-            ):
+            wanted, array = self._shape(tensor, ready), outputs[tensor.name]
+            if array.shape != wanted or array.dtype != tensor.dtype or not _takes_writes(array):
                 raise InputError(
                     f"output {tensor.name} is {list(array.shape)} {array.dtype}; a writable, C-contiguous array of "
                     f"{list(wanted)} {tensor.dtype} is needed"
                 )
 
-    def _sizes(self, ready: Sequence[Mapping[str, Array]]) -> list[many.Size]:
-        width = self._bundle.manifest.layer.inner_dim
-        return [many.Size(i, r["x"].shape[0], r["x"].shape[1], r["context"].shape[1], width) for i, r in enumerate(ready)]
-
-    def _side_by_side(self, ready: list[dict[str, Array]]) -> list[dict[str, Array]]:
-        together, alone = many.schedule(self._sizes(ready), self._workers)
-        outputs: dict[int, dict[str, Array]] = {i: self._timed(self._backend.run, ready[i]) for i in together}
-        waiting = deque(alone)
-
-        def work() -> None:
-            while True:
-                try:
-                    index = waiting.popleft()
-                except IndexError:  # nothing is waiting any more
-                    return
-                outputs[index] = self._timed(self._backend.run_alone, ready[index])
-
-        # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
-        helpers = [self._executor().submit(work) for _ in range(min(self._workers, len(alone)) - 1)]
-        try:
-            work()
-        finally:
-            waiting.clear()  # where one request fails, nobody begins another
-            errors = [error for helper in helpers if (error := helper.exception())]
-        if errors:
-            raise errors[0]
-        return [outputs[index] for index in range(len(ready))]
-
-    def _padded(self, ready: list[dict[str, Array]]) -> list[dict[str, Array]]:
-        self._check_padding(ready)
-        outputs: list[dict[str, Array]] = [{} for _ in ready]
-        for group in many.buckets(self._sizes(ready), self._backend.dims.batch.max):
-            batch = self._stack([ready[index] for index in group])
-            stacked = self._timed(self._backend.run, batch)
-            start = 0
-            for index in group:
-                outputs[index] = _cut(stacked, start, ready[index])
-                start += ready[index]["x"].shape[0]
-        return outputs
-
-    def _check_padding(self, ready: list[dict[str, Array]]) -> None:
-        lengths = {(r["x"].shape[1], r["context"].shape[1]) for r in ready}
-        names = set(self._contract.names)
-        if len(lengths) > 1 and not {"mask", "context_mask"} <= names:
-            raise InputError(
-                "pairs of different lengths cannot be padded without masks; export with both masks, or policy='alone'"
-            )
-        if "rel_pos_bias" in names or "attn" in self._names:
-            raise InputError("pairs with a position bias or attention maps cannot be padded; use policy='alone'")
-
-    def _stack(self, group: list[dict[str, Array]]) -> dict[str, Array]:
-        rows = {"x": max(r["x"].shape[1] for r in group), "context": max(r["context"].shape[1] for r in group)}
-        lengths = rows | {"mask": rows["x"], "context_mask": rows["context"]}
-        added = sum(r[n].shape[0] * (rows[n] - r[n].shape[1]) for r in group for n in rows)
-        self._meter.pad(added)
-        return {name: np.concatenate([_pad(r[name], lengths[name]) for r in group]) for name in group[0]}
-
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
-            if self._closed:
-                raise BcaError("the session is closed; open the bundle again")
+            self._check_open()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="bca-session")
             return self._pool
 
 
-def _pad(array: Array, length: int) -> Array:
-    missing = length - array.shape[1]
-    return np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)]) if missing else array
+def _back(outputs: dict[str, Array], like: Iterable[Any]) -> dict[str, Any]:
+    back = tensors.back(like)
+    return outputs if back is None else {name: back(array) for name, array in outputs.items()}
 
 
-def _cut(stacked: Mapping[str, Array], start: int, ready: Mapping[str, Array]) -> dict[str, Array]:
-    """Return one pair's outputs from a padded batch; copies, so that one kept result does not keep the batch."""
-    rows = slice(start, start + ready["x"].shape[0])
-    lengths = {"out": ready["x"].shape[1], "context_out": ready["context"].shape[1]}
-    return {name: stacked[name][rows, :length].copy() for name, length in lengths.items()}
+def _takes_writes(array: AnyArray) -> bool:
+    return isinstance(array, DeviceArray) or (array.flags.c_contiguous and array.flags.writeable)

@@ -1,5 +1,6 @@
 """The layer, its interface and its named dimensions as plain data. Needs no torch: every stage and the manifest use it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -131,6 +132,11 @@ class Interface:
     rel_pos_bias: Bias = "none"
     attention_maps: bool = False
 
+    @property
+    def masked(self) -> bool:
+        """Whether it has a mask at all."""
+        return self.mask or self.context_mask
+
     def inputs(self, spec: LayerSpec) -> dict[str, tuple[Axis, ...]]:
         """Return each input's axes by name: an int is fixed, a str is a named dimension."""
         pairs: tuple[Axis, ...] = ("x_len", "context_len")
@@ -193,3 +199,11 @@ class Dims:
     batch: DimRange = DimRange(1, 4, 8)
     x_len: DimRange = DimRange(1, 512, 2048)
     context_len: DimRange = DimRange(1, 512, 2048)
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every size, by the dimension's name, is in its range."""
+        return all(getattr(self, name).min <= size <= getattr(self, name).max for name, size in sizes.items())
+
+    def __str__(self) -> str:
+        """In words."""
+        return ", ".join(f"{name} {r.min} to {r.max}" for name, r in vars(self).items())

@@ -1,24 +1,96 @@
-"""Arrays in and out: numpy, torch, and whatever speaks DLPack. Nothing is copied where it lies on the CPU already."""
+"""Arrays in and out: numpy, torch, and whatever speaks DLPack, on the CPU or the GPU. Nothing is copied on its own device."""
 
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bca_deploy.contract import numpy_dtype
+from bca_deploy.cuda import DeviceArray, Gpu, failing_as
 from bca_deploy.errors import InputError
 
 Array = NDArray[Any]
 #: From a result to what the caller uses.
 Back = Callable[[Array], Any]
+#: What DLPack calls CUDA's memory (DLDeviceType in dlpack.h).
+_DLPACK_CUDA = 2
 
 
-def as_array(name: str, value: Any) -> Array:
+class Reader:
+    """Reads a caller's arrays for one backend; any number of threads may.
+
+    Args:
+        gpu: the backend's; None on the CPU.
+    """
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        self._gpu = gpu
+        self._own = threading.local()  # a stream for each thread: none waits for what another's arrays wait for
+
+    def read(self, given: Mapping[str, Any], kind: str = "input") -> dict[str, Array | DeviceArray]:
+        """Return views of the arrays, of those on the backend's GPU with their writers waited for.
+
+        Args:
+            given: by name.
+            kind: what they are, for the error.
+
+        Raises:
+            InputError: on another device, of a dtype that numpy has not, or no array at all.
+        """
+        gpu = self._gpu
+        if gpu is None:
+            return {name: as_array(name, value, kind) for name, value in given.items()}
+        if not any(on_gpu(value) for value in given.values()):
+            return {name: as_array(name, value, kind) for name, value in given.items()}
+        with failing_as(f"reading the {kind}s"):
+            return self._read(gpu, given, kind)
+
+    def _read(self, gpu: Gpu, given: Mapping[str, Any], kind: str) -> dict[str, Array | DeviceArray]:
+        stream, found = self._stream(gpu), dict[str, Array | DeviceArray]()
+        for name, value in given.items():
+            found[name] = gpu.view(name, _plain(value), stream) if on_gpu(value) else as_array(name, value, kind)
+        stream.sync()
+        return found
+
+    def make(self, like: Iterable[Any], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Any:
+        """Return a new array on the GPU: a torch tensor where any of ``like`` is one, else one that speaks DLPack."""
+        assert self._gpu is not None  # noqa: S101  (an input was there)
+        torch = sys.modules.get("torch")
+        with failing_as("making the outputs"):
+            self._gpu.enter()
+            for value in like:
+                if torch is not None and isinstance(value, torch.Tensor) and on_gpu(value):
+                    return torch.empty(shape, dtype=getattr(torch, dtype.name), device=value.device)
+            return self._gpu.empty(shape, dtype)
+
+    def _stream(self, gpu: Gpu) -> Any:
+        gpu.enter()
+        if not hasattr(self._own, "stream"):
+            self._own.stream = gpu.stream()
+        return self._own.stream
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether an array is in CUDA's memory."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        return False
+    return bool(value.__dlpack_device__()[0] == _DLPACK_CUDA)
+
+
+def _plain(value: Any) -> Any:
+    """Return a torch tensor without its gradients, which DLPack does not carry."""
+    return value.detach() if hasattr(value, "detach") else value
+
+
+def as_array(name: str, value: Any, kind: str = "input") -> Array:
     """Return a numpy view of ``value``.
 
     Args:
         name: of the input, for the error.
+        kind: whether it is one.
         value: a numpy array, a torch tensor or any other DLPack object, on the CPU.
 
     Raises:
@@ -28,38 +100,46 @@ def as_array(name: str, value: Any) -> Array:
         return value
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return _from_torch(name, value)
+        return _from_torch(f"{kind} {name}", name, value)
     if hasattr(value, "__dlpack__"):
-        return _from_dlpack(name, value)
+        return _from_dlpack(f"{kind} {name}", value)
     raise InputError(
-        f"input {name} is a {type(value).__name__}; give a numpy array, a torch tensor or another array with __dlpack__"
+        f"{kind} {name} is a {type(value).__name__}; give a numpy array, a torch tensor or another array with __dlpack__"
     )
 
 
-def _from_torch(name: str, value: Any) -> Array:
+def _from_torch(what: str, name: str, value: Any) -> Array:
     if value.device.type != "cpu":
-        raise InputError(f"input {name} is on {value.device}, and this session runs on the CPU; give {name}.cpu()")
+        raise InputError(f"{what} is on {value.device}, where this session does not run; give {name}.cpu()")
+    value = value.detach()
+    if str(value.dtype) == "torch.bfloat16":  # numpy has it from ml_dtypes, and torch does not know that
+        return np.asarray(value.view(sys.modules["torch"].int16).numpy().view(numpy_dtype("bfloat16")))
     try:
-        array: Array = value.detach().numpy()
-    except TypeError as error:  # bfloat16
-        raise InputError(
-            f"input {name} has dtype {value.dtype}, which this session cannot take; give {name}.float()"
-        ) from error
-    return array
+        return np.asarray(value.numpy())
+    except TypeError as error:
+        raise InputError(f"{what} has dtype {value.dtype}, which numpy has not; give {name}.float()") from error
 
 
-def _from_dlpack(name: str, value: Any) -> Array:
+def _from_dlpack(what: str, value: Any) -> Array:
     try:
         array: Array = np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, AssertionError) as error:
-        raise InputError(f"input {name}, a {type(value).__name__}, does not come as a CPU array: {error}") from error
+        raise InputError(f"{what}, a {type(value).__name__}, does not come as a CPU array: {error}") from error
     return array
 
 
-def back(values: Iterable[Any]) -> Back:
-    """Return what turns results into the kind of array that came in: torch where any input was torch, else numpy."""
+def back(values: Iterable[Any]) -> Back | None:
+    """Return what turns results into torch tensors where any input was one; None where they stay numpy arrays."""
     torch = sys.modules.get("torch")
-    if torch is not None and any(isinstance(value, torch.Tensor) for value in values):
-        convert: Back = torch.from_numpy
-        return convert
-    return lambda array: array
+    if torch is not None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                return _to_torch
+    return None
+
+
+def _to_torch(array: Array) -> Any:
+    torch = sys.modules["torch"]
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bca_deploy.bundle import Bundle
+from bca_deploy.engine_backend import hull
 from bca_deploy.engines import why_stale
 from bca_deploy.errors import EngineError, InputError, missing
-from bca_deploy.manifest import EngineEntry, Manifest, TensorEntry
+from bca_deploy.manifest import EngineEntry, TensorEntry
 from bca_deploy.spec import Dims
 from bca_deploy.wire import DATATYPE
 
 Runtime = Literal["auto", "tensorrt", "onnxruntime"]
 
 #: What the front runs besides itself: the package's own rules, which need numpy alone.
-_CARRIED = ("contract.py", "errors.py", "many.py", "spec.py")
+_CARRIED = ("contract.py", "errors.py", "grouping.py", "spec.py")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class _Engine:
     files: dict[str, Path]
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
-    dims: tuple[Dims, ...]
+    profiles: tuple[Dims, ...]
     version: str | None = None
     by_capability: dict[str, str] | None = None
 
@@ -77,7 +78,7 @@ def write(bundle: Bundle, root: Path, options: Options) -> list[Path]:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bca-", dir=root) as staging:
         made = [Path(staging) / target.name for target in targets]
-        _write_front(made[0], bundle.manifest, engine, options)
+        _write_front(made[0], engine, options)
         _write_engine(made[1], engine)
         for source, target in zip(made, targets, strict=True):
             source.rename(target)
@@ -132,7 +133,7 @@ def _write_engine(directory: Path, engine: _Engine) -> None:
     if engine.version:
         config.parameters["tensorrt_version"].string_value = engine.version
         group = pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_GPU, count=1)
-        group.profile.extend(str(index) for index in range(len(engine.dims)))
+        group.profile.extend(str(index) for index in range(len(engine.profiles)))
         config.instance_group.append(group)
     config.model_warmup.extend(_warmups(engine))
     _save(directory, config)
@@ -143,7 +144,7 @@ def _write_engine(directory: Path, engine: _Engine) -> None:
 def _warmups(engine: _Engine) -> Iterable[Any]:
     """Yield a request of the optimal sizes of each profile, so that no client waits for the first kernels."""
     pb = _messages()
-    for index, dims in enumerate(engine.dims):
+    for index, dims in enumerate(engine.profiles):
         sizes = {name: getattr(dims, name).opt for name in ("batch", "x_len", "context_len")}
         warmup = pb.ModelWarmup(name=f"profile {index}", batch_size=1, count=1)
         for tensor in engine.inputs:
@@ -152,7 +153,7 @@ def _warmups(engine: _Engine) -> Iterable[Any]:
         yield warmup
 
 
-def _write_front(directory: Path, manifest: Manifest, engine: _Engine, options: Options) -> None:
+def _write_front(directory: Path, engine: _Engine, options: Options) -> None:
     pb, together = _messages(), _together(engine)
     config = pb.ModelConfig(name=directory.name, backend="python", max_batch_size=options.max_batch if together else 0)
     for tensor in engine.inputs:
@@ -167,7 +168,7 @@ def _write_front(directory: Path, manifest: Manifest, engine: _Engine, options: 
     config.instance_group.append(pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1))
     _save(directory, config)
     _copy_code(directory / "1")
-    facts = _facts(manifest, engine, f"{directory.name}_engine", together)
+    facts = _facts(engine, f"{directory.name}_engine", together)
     (directory / "1" / "front.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -177,28 +178,17 @@ def _together(engine: _Engine) -> bool:
     return {"mask", "context_mask"} <= names and not {"rel_pos_bias", "attn"} & names
 
 
-def _facts(manifest: Manifest, engine: _Engine, name: str, together: bool) -> dict[str, Any]:
+def _facts(engine: _Engine, name: str, together: bool) -> dict[str, Any]:
     sides = {"out": "x", "context_out": "context"}
     return {
         "engine": name,
         "together": together,
-        "width": manifest.layer.inner_dim,
         "tensorrt_version": engine.version,
-        "dims": asdict(_union(engine.dims)),
+        "dims": asdict(hull(engine.profiles)),
+        "profiles": [asdict(profile) for profile in engine.profiles],
         "inputs": [tensor.model_dump() for tensor in engine.inputs],
         "outputs": {tensor.name: sides.get(tensor.name, "") for tensor in engine.outputs},
     }
-
-
-def _union(profiles: tuple[Dims, ...]) -> Dims:
-    """Return the range over all profiles; for a size between two of them the engine has the last word."""
-    if len(profiles) == 1:
-        return profiles[0]
-    ranges = {}
-    for name in ("batch", "x_len", "context_len"):
-        found = [getattr(dims, name) for dims in profiles]
-        ranges[name] = type(found[0])(min(r.min for r in found), found[0].opt, max(r.max for r in found))
-    return Dims(**ranges)
 
 
 def _copy_code(version: Path) -> None:

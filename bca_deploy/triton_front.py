@@ -1,28 +1,25 @@
 """The front of a model repository: Triton runs this file. Checks, pads, calls the engine model, cuts back.
 
 Triton batches requests of equal shape alone, so different lengths meet here: its batcher hands over whatever waits, and the
-package's own rules (contract.py, many.py, copied beside this file) say what is refused and what goes together. Requires numpy 1
-and nothing else.
+package's own rules (contract.py, grouping.py, copied beside this file) say what is refused and what goes together. Requires
+numpy 1 and nothing else.
 """
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
 
-from bca_deploy import many
 from bca_deploy.contract import Contract
 from bca_deploy.errors import InputError
+from bca_deploy.grouping import grouped
 from bca_deploy.spec import DimRange, Dims
 
-Array = NDArray[Any]
-Arrays = dict[str, Array]
+Arrays = dict[str, Any]
 
 
 class TritonPythonModel:
@@ -33,11 +30,12 @@ class TritonPythonModel:
         _check_numpy()
         facts = json.loads((Path(__file__).parent / "front.json").read_text(encoding="utf-8"))
         _check_tensorrt(facts["tensorrt_version"])
-        self._engine, self._together, self._width = facts["engine"], facts["together"], facts["width"]
+        self._engine, self._together = facts["engine"], facts["together"]
         self._outputs: dict[str, str] = facts["outputs"]
-        self._dims = Dims(**{name: DimRange(**sizes) for name, sizes in facts["dims"].items()})
+        self._profiles = tuple(map(_dims, facts["profiles"]))
         inputs: Any = [SimpleNamespace(name=i["name"], dtype=i["dtype"], axes=tuple(i["axes"])) for i in facts["inputs"]]
-        self._contract = Contract(inputs, self._dims, "cut the sequence into pieces, or export again with wider dims")
+        advice = "cut the sequence into pieces, or export again with wider dims"
+        self._contract = Contract(inputs, _dims(facts["dims"]), advice, self._profiles)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer every request; what is wrong with one of them is no matter to the others."""
@@ -55,8 +53,7 @@ class TritonPythonModel:
     def _groups(self, ready: dict[int, Arrays]) -> list[list[int]]:
         if not (self._together and ready):
             return [[index] for index in ready]
-        sizes = [many.Size(i, len(r["x"]), r["x"].shape[1], r["context"].shape[1], self._width) for i, r in ready.items()]
-        return min((_banded(sizes, bands, self._dims.batch.max) for bands in (1, 2, 3)), key=len)
+        return grouped({i: (*r["x"].shape[:2], r["context"].shape[1]) for i, r in ready.items()}, self._profiles)
 
     def _answer(self, group: dict[int, Arrays]) -> dict[int, Any]:
         batch = _stack(list(group.values())) if self._together else next(iter(group.values()))
@@ -98,18 +95,8 @@ def _check_tensorrt(wanted: str | None) -> None:
         )
 
 
-def _banded(sizes: list[many.Size], bands: int, largest_batch: int) -> list[list[int]]:
-    """Group inside bands of similar x, by context there: where both lengths vary, that takes fewer runs than one order does.
-
-    64 pairs of independent lengths, 16 to 512, groups of at most 8: 19 runs in one order, 12 in bands (mean of 50 draws).
-    """
-    longest = max(size.x_len for size in sizes)
-    found: list[list[int]] = []
-    for band in range(bands):
-        inside = [size for size in sizes if (size.x_len - 1) * bands // longest == band]
-        turned = [replace(size, x_len=size.context_len, context_len=size.x_len) for size in inside]
-        found += many.buckets(turned, largest_batch)
-    return found
+def _dims(found: dict[str, Any]) -> Dims:
+    return Dims(**{name: DimRange(**sizes) for name, sizes in found.items()})
 
 
 def _arrays(request: Any) -> Arrays:

@@ -86,7 +86,7 @@ def test_cast_never_turns_a_number_into_infinity() -> None:
 
 
 def test_a_mask_of_other_integers_is_refused_even_with_cast() -> None:
-    with pytest.raises(InputError, match="must hold 0 and 1 alone, and its largest is 2"):
+    with pytest.raises(InputError, match="must hold 0 and 1 alone, and it holds 2"):
         contract().check(pair() | {"mask": np.full((2, 5), 2)}, cast=True)
 
 

@@ -67,10 +67,20 @@ def test_the_session_itself_flushes_while_it_computes(exported: Bundle, monkeypa
         inner, seen = session._backend._session, []  # type: ignore[attr-defined]
 
         class Spy:
+            io_binding = inner.io_binding
+
             def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
                 seen.append(flushes())
                 return inner.run(names, inputs)  # type: ignore[no-any-return]
 
+            def run_with_iobinding(self, binding: object) -> None:
+                seen.append(flushes())
+                inner.run_with_iobinding(binding)
+
         monkeypatch.setattr(session._backend, "_session", Spy())
-        session.warmup()
-    assert seen == [True]
+        monkeypatch.setattr(session._backend, "_alone", Spy())
+        inputs = {"x": np.ones((1, 2, 24), np.float32), "context": np.ones((1, 3, 16), np.float32)}
+        session.run(inputs)
+        session.run_into(inputs, {"out": np.empty((1, 2, 24), np.float32), "context_out": np.empty((1, 3, 16), np.float32)})
+        session.run_many([tuple(inputs.values())] * 2)
+    assert seen == [True] * 4

@@ -16,8 +16,8 @@ from bca_deploy.doctor import Finding, examine
 from bca_deploy.gpus import Gpus
 from bca_deploy.manifest import GpuEntry
 
-NAMES = ["Python", "torch", "onnx", "onnxruntime", "TensorRT-RTX", "TensorRT", "CUDA driver"]
-PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt", "pynvml")
+NAMES = ["Python", "torch", "onnx", "onnxruntime", "TensorRT-RTX", "TensorRT", "cuda-core", "CUDA driver"]
+PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt", "cuda.core", "pynvml")
 ADA = GpuEntry(name="NVIDIA L4", compute_capability="sm89", driver="580.95.05")
 BLACKWELL = GpuEntry(name="NVIDIA RTX PRO 6000", compute_capability="sm120", driver="580.95.05")
 
@@ -132,6 +132,7 @@ def test_what_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPatch)
         ("onnxruntime", False, "", "pip install 'bca-deploy[cpu]'"),
         ("TensorRT-RTX", False, "", "pip install 'bca-deploy[rtx]'"),
         ("TensorRT", False, "", "pip install 'bca-deploy[tensorrt]'"),
+        ("cuda-core", False, "", "pip install 'bca-deploy[rtx]'"),
         ("CUDA driver", False, "", "nvidia-ml-py is not installed; run: pip install nvidia-ml-py"),
     ]
     assert finding("Python").ok

@@ -1,6 +1,7 @@
 """Engines on a GPU: what is built computes the layer, judged as the models are. Skipped, with the reason, where none is."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,8 +17,8 @@ from bca_deploy import engines, nvidia, refitting, selftest
 from bca_deploy.bundle import Bundle
 from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.engine import compile_engine
-from bca_deploy.engine_runner import Session, engine_runner
-from bca_deploy.errors import EngineError, MissingDependencyError
+from bca_deploy.engine_backend import engine_runner
+from bca_deploy.errors import EngineError, InputError, MissingDependencyError
 from bca_deploy.gpus import query
 from bca_deploy.manifest import SELFTEST_FILE, WEIGHTS_FILE, EngineEntry
 from bca_deploy.nvidia import LIBRARIES
@@ -168,12 +169,10 @@ def test_of_two_profiles_the_fitting_one_runs(path: Path, tmp_path: Path, librar
     assert len(entry.profiles) == 2
     verdict = parity(path, entry, tmp_path)
     assert verdict, verdict.failures
-    with Bundle.open(path) as bundle:
-        session = run(bundle, entry)
-        assert isinstance(session, Session)
+    with bca_deploy.open(path, backend=library) as session:
         for length, profile in ((8, 0), (64, 1), (16, 0), (256, 1)):
-            session(edges_of(bundle, entry, whole(length)))
-            assert session.context.active_optimization_profile == profile
+            session.run(whole(length), cast=True)
+            assert session._backend._pool._idle.queue[-1]._context.active_optimization_profile == profile  # type: ignore[attr-defined]
 
 
 def whole(length: int) -> dict[str, np.ndarray]:
@@ -190,7 +189,7 @@ def test_a_static_engine_is_right_and_takes_no_other_shape(path: Path, library: 
     entry = bca_deploy.build(path, **need(library), profiles=[FIXED])
     assert entry.static
     assert failures(path, entry) == []
-    with Bundle.open(path) as bundle, pytest.raises(EngineError, match=r"^no profile of the engine holds x "):
+    with Bundle.open(path) as bundle, pytest.raises(InputError, match=r"^no profile of the engine holds x "):
         run(bundle, entry)(edges_of(bundle, entry, whole(8)))
 
 
@@ -200,7 +199,7 @@ def test_a_call_that_fails_leaves_the_next_one_right(path: Path, library: Engine
     with Bundle.open(path) as bundle:
         runner = run(bundle, entry)
         first = runner(edges_of(bundle, entry, whole(8)))
-        with pytest.raises(EngineError, match=r"^no profile of the engine holds x "):
+        with pytest.raises(InputError, match=r"^no profile of the engine holds x "):
             runner(edges_of(bundle, entry, whole(257)))
         again = runner(edges_of(bundle, entry, whole(8)))
     assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -264,3 +263,81 @@ def test_the_entry_says_what_it_was_built_for(path: Path, library: EngineLibrary
     with Bundle.open(path) as bundle:
         found, file = engines.usable(bundle, library, entry.version, gpu.compute_capability)
     assert (found, file.suffix) == (entry, ".engine")
+
+
+# ---- the session
+
+
+@pytest.mark.parametrize("graphs", [0, 4])
+@pytest.mark.parametrize("library", get_args(EngineLibrary))
+def test_a_session_on_an_engine_holds_the_self_test_and_never_mixes_threads(
+    path: Path, library: EngineLibrary, graphs: int
+) -> None:
+    bca_deploy.build(path, **need(library))
+    with bca_deploy.open(path, backend=library, contexts=2, cuda_graphs=graphs) as session:
+        session.selftest()
+        cases = [whole(3 + index) for index in range(8)]
+        wanted = [session.run(case, cast=True) for case in cases]
+
+        def work(index: int) -> None:
+            for _ in range(20):
+                found = session.run(cases[index], cast=True)
+                assert all(np.array_equal(found[name], wanted[index][name]) for name in found)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize("graphs", [0, 4])
+@pytest.mark.parametrize("library", get_args(EngineLibrary))
+def test_tensors_on_the_gpu_stay_there(path: Path, library: EngineLibrary, graphs: int) -> None:
+    bca_deploy.build(path, **need(library, "fp32"))
+    with bca_deploy.open(path, backend=library, cuda_graphs=graphs) as session:
+        for length in (8, 8, 33):
+            given = {n: a if a.dtype == bool else a.astype(np.float32) for n, a in whole(length).items()}
+            wanted = session.run(given)
+            found = session.run({name: torch.from_numpy(array).cuda() for name, array in given.items()})
+            for name, tensor in found.items():
+                assert tensor.device.type == "cuda"
+                assert np.array_equal(tensor.cpu().numpy(), wanted[name])
+        # Written on a stream that is still at work when the session is called: it has to wait.
+        slow, x = torch.cuda.Stream(), torch.zeros(2, 8, LAYER["dim"], device="cuda")
+        with torch.cuda.stream(slow):
+            torch.cuda._sleep(50_000_000)
+            x += torch.from_numpy(whole(8)["x"]).float().cuda()
+            late = session(x, torch.from_numpy(whole(8)["context"]).float().cuda())[0]
+        early = session(torch.from_numpy(whole(8)["x"]).float(), torch.from_numpy(whole(8)["context"]).float())[0]
+        assert torch.equal(late.cpu(), early)
+
+
+@pytest.mark.parametrize("library", get_args(EngineLibrary))
+def test_many_pairs_are_padded_and_right(path: Path, library: EngineLibrary) -> None:
+    bca_deploy.build(path, **need(library))
+    with bca_deploy.open(path, backend=library) as session:
+        pairs = [tuple(whole(3 + index % 5).values()) for index in range(20)]
+        before = session.metrics().calls
+        together = session.run_many(pairs, cast=True)
+        assert session.metrics().calls - before < 10
+        for pair, found in zip(pairs, together, strict=True):
+            for ours, theirs in zip(found, session(*pair, cast=True), strict=True):
+                assert np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max() < 2e-2
+
+
+def test_a_runtime_cache_is_written_and_read(path: Path, tmp_path: Path) -> None:
+    bca_deploy.build(path, **need("rtx"))
+    for _ in range(2):
+        with bca_deploy.open(path, backend="rtx", cache=tmp_path) as session:
+            session.selftest()
+    assert (tmp_path / "rtx-fp16.runtime-cache").stat().st_size > 0
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_onnxruntimes_gpu_providers_hold_the_self_test(models: Path, backend: str) -> None:
+    try:
+        session = bca_deploy.open(models, backend=backend, precision="fp32")
+    except EngineError as error:
+        pytest.skip(str(error))
+    with session:
+        session.selftest()
+        given = {name: torch.from_numpy(a if a.dtype == bool else a.astype(np.float32)).cuda() for name, a in whole(8).items()}
+        assert all(tensor.device.type == "cuda" for tensor in session.run(given).values())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import LoweringError
-from bca_deploy.lowering import DTYPES, LoweredModel, choose, lower, lowered_state
+from bca_deploy.lowering import DTYPES, LoweredModel, choose, graph_state, lower
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Lowering, Precision
 
 B, N, M, H = 4, 5, 7, 3
@@ -197,7 +197,7 @@ def test_dead_rows_are_the_mean_of_all_values_not_zero(lowering: Lowering, preci
 def test_a_variant_that_zeroes_dead_rows_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = sharp(make_checkpoint(prenorm=True))
     inputs = make_inputs(checkpoint.spec, "both")
-    monkeypatch.setattr("bca_deploy.lowering._mean", lambda values: torch.zeros_like(values[:1]))
+    monkeypatch.setattr("bca_deploy.lowered_attention._mean", lambda values: torch.zeros_like(values[:1]))
     with pytest.raises(AssertionError, match="dead"):
         assert_equal(lower(checkpoint, "fused")(**inputs), truth(checkpoint, inputs), inputs, "zeroed")
 
@@ -362,10 +362,10 @@ def test_maps_have_the_edge_dtype() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("layer", [*LAYERS, "talking heads"])
-def test_lowered_state_keeps_names_and_transposes_matrices_only(layer: str, precision: Precision) -> None:
+def test_a_graphs_weights_keep_their_names_and_only_matrices_are_transposed(layer: str, precision: Precision) -> None:
     options = LAYERS.get(layer, {"talking_heads": True, "prenorm": True})
-    state, dtype = make_checkpoint(**options).state, DTYPES[precision]
-    found = lowered_state(state, dtype)
+    checkpoint, dtype = make_checkpoint(**options), DTYPES[precision]
+    state, found = checkpoint.state, graph_state(checkpoint, "fused", precision)
     assert list(found) == list(state)
     for name, tensor in state.items():
         expected = tensor.to(dtype)
@@ -376,7 +376,7 @@ def test_lowered_state_keeps_names_and_transposes_matrices_only(layer: str, prec
 def test_norms_stay_in_float32_with_values_rounded_to_the_precision() -> None:
     for options in ({"prenorm": True}, LAYERS["depth 3, final norms"]):
         checkpoint = make_checkpoint(**options)
-        found = lowered_state(checkpoint.state, torch.float16)
+        found = graph_state(checkpoint, "fused", "fp16")
         # In a transformer the feed-forward's norm is nameless: layers.0.1.0 and layers.0.2.0.
         norms = {name for name in found if re.search(r"norm\.|^layers\.\d+\.[12]\.0\.", name)}
         assert {name for name, tensor in found.items() if tensor.dtype == torch.float32} == norms

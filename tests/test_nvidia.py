@@ -51,20 +51,20 @@ VARIABLES = {
     "refit.parser": "OnnxParserRefitter",
     "refitter": "Refitter",
     "runtime": "Runtime",
-    "self.context": "IExecutionContext",
+    "runtime_config": "IRuntimeConfig",
+    "self.runtime_cache": "IRuntimeCache",
     "self.engine": "ICudaEngine",
     "severity": "ILogger.Severity",
     "t": "ITensor",
     "tensor": "ITensor",
     "_reasons.parser": "OnnxParser|OnnxParserRefitter",
-    "_run.tensor": "",  # torch's
-    "_to_numpy.tensor": "",
 }
 NOT_THEIRS = frozenset(
     re.findall(
         r"\w+",
         """array buffer copy error events file found given inputs inside made meter msg nvidia options partial path profiles
-        ranges request said self shapes signal target torch weights _to_torch""",
+        ranges request said self shapes signal target torch weights accepted addresses graph inputs key launch memory outputs
+        places ready same scratch size gpu""",
     )
 )
 # What a method returns or a property holds, where something is taken from it in turn.
@@ -94,6 +94,12 @@ def is_rtx_only(name: str) -> bool:
     return name.startswith("ComputeCapability") or name in (
         "IBuilderConfig.num_compute_capabilities",
         "IBuilderConfig.set_compute_capability",
+        "IExecutionContext.is_stream_capturable",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_runtime_cache",
+        "IRuntimeCache.deserialize",
+        "IRuntimeCache.serialize",
     )
 
 
@@ -294,12 +300,12 @@ def missing(used: Used, surface: dict[str, str], rtx: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("library", ["10", "11", "rtx"])
-@pytest.mark.parametrize("module", ["builder", "engine_runner"])
+@pytest.mark.parametrize("module", ["builder", "loaded_engine", "engine_lane"])
 def test_every_name_that_we_use_is_in_the_library(surfaces: Surfaces, module: str, library: str) -> None:
     assert missing(used_in(source(module)), surfaces[library], library == "rtx") == set()
 
 
-@pytest.mark.parametrize("module", ["builder", "engine_runner"])
+@pytest.mark.parametrize("module", ["builder", "loaded_engine", "engine_lane"])
 def test_every_variable_is_in_the_tables(module: str) -> None:
     assert used_in(source(module)).unknown == set()
 
@@ -311,7 +317,9 @@ def test_the_check_sees_what_is_there() -> None:
     assert {"OnnxParserRefitter.refit_from_file", "ITimingCache.serialize", "IBuilderConfig.progress_monitor"} <= seen.names
     assert {"ComputeCapability.SM89", "IBuilderConfig.set_compute_capability", "__version__"} <= seen.names
     assert seen.keywords == {("IBuilderConfig.set_timing_cache", "ignore_mismatch")}
-    assert {"IExecutionContext.execute_async_v3", "TensorIOMode.name"} <= used_in(source("engine_runner")).names
+    assert {"IExecutionContext.execute_async_v3", "TensorIOMode.name"} <= used_in(source("engine_lane")).names | used_in(
+        source("loaded_engine")
+    ).names
 
 
 MISSPELT = [
@@ -355,7 +363,9 @@ def test_nothing_is_used_that_tensorrt_11_removed(surfaces: Surfaces) -> None:
     removed = set(surfaces["10"]) - set(surfaces["11"])
     assert {"BuilderFlag.FP16", "BuilderFlag.BF16", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS"} <= removed
     assert {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "ICudaEngine.device_memory_size"} <= removed
-    assert not removed & (used_in(source("builder")).names | used_in(source("engine_runner")).names)
+    assert not removed & (
+        used_in(source("builder")).names | used_in(source("loaded_engine")).names | used_in(source("engine_lane")).names
+    )
 
 
 def test_what_only_tensorrt_rtx_has_is_reached_only_with_targets(surfaces: Surfaces) -> None:

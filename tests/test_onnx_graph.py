@@ -14,7 +14,7 @@ from conftest import make_checkpoint, make_spec
 from bca_deploy import onnx_graph
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import ExportError, InputError
-from bca_deploy.lowering import lower, lowered_state
+from bca_deploy.lowering import graph_state, lower
 from bca_deploy.onnx_graph import OPSETS, trace, write
 from bca_deploy.spec import Interface, LayerSpec, Precision
 
@@ -78,7 +78,7 @@ def test_sizes_that_were_never_traced_run_and_agree_with_pytorch(
 def test_weights_stand_in_the_file_under_the_seed_names(masked: tuple[Checkpoint, Path]) -> None:
     checkpoint, path = masked
     held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
-    for name, tensor in lowered_state(checkpoint.state, torch.float32).items():
+    for name, tensor in graph_state(checkpoint, "fused", "fp32").items():
         np.testing.assert_array_equal(held[name], tensor.numpy())
 
 

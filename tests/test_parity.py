@@ -1,5 +1,6 @@
 """The verdict: right models pass, five planted defects do not, and NaN never does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import make_checkpoint, make_spec
 
-from bca_deploy import lowering
+from bca_deploy import lowered_attention, lowering
 from bca_deploy.bundle import Bundle
 from bca_deploy.cases import Sharpness
 from bca_deploy.checkpoint import Checkpoint, read
@@ -16,7 +17,7 @@ from bca_deploy.errors import InputError
 from bca_deploy.lowering import lower
 from bca_deploy.onnx_graph import trace, write
 from bca_deploy.parity import Subject, judge, judge_inputs, refuse_undefined_rows
-from bca_deploy.runners import sharpened_copy
+from bca_deploy.runners import Runner, ort_runner, sharpened_copy
 from bca_deploy.spec import Dims, Interface, Lowering, Precision
 from bca_deploy.truth import allowed_error, roundoff_slack, sharpen, sharpening, true_outputs
 from bca_deploy.verdict import Verdict
@@ -41,7 +42,7 @@ def zero_mean(v: torch.Tensor) -> torch.Tensor:
     return v[:1] * 0
 
 
-def fill_of_ten_thousand(self: lowering._FusedAttention, live: torch.Tensor) -> torch.Tensor:
+def fill_of_ten_thousand(self: lowered_attention.FusedAttention, live: torch.Tensor) -> torch.Tensor:
     zero = torch.zeros((), dtype=self.dtype)
     return torch.where(live, zero, torch.full((), -10000.0, dtype=self.dtype))[:, None, None, :]
 
@@ -49,7 +50,7 @@ def fill_of_ten_thousand(self: lowering._FusedAttention, live: torch.Tensor) -> 
 def literal_fill_of_ten_thousand(self, qk, context_qk, v, context_v, extras):  # type: ignore[no-untyped-def]
     sim = qk @ context_qk.transpose(-1, -2)
     sim = sim if extras.bias is None else sim + extras.bias.to(self.dtype)
-    live = lowering._pairs(extras.mask, extras.context_mask)
+    live = lowered_attention._pairs(extras.mask, extras.context_mask)
     sim = torch.where(live, sim, torch.full((), -10000.0, dtype=self.dtype))
     attn, context_attn = sim.softmax(-1), sim.softmax(-2)
     values, context_values = self.split(v), self.split(context_v)
@@ -79,7 +80,7 @@ def test_a_right_model_passes_in_every_form_and_precision(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_zeroed_dead_rows_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
-    monkeypatch.setattr(lowering, "_mean", zero_mean)
+    monkeypatch.setattr(lowered_attention, "_mean", zero_mean)
     verdict = judge(subject_of(tmp_path, interface=Interface(), precision=precision), "quick")
     assert [f for f in wrong_values(verdict) if "dead rows" in f]
     assert not [f for f in wrong_values(verdict) if "live rows" in f]
@@ -88,7 +89,7 @@ def test_zeroed_dead_rows_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_fill_of_minus_ten_thousand_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
-    monkeypatch.setattr(lowering._FusedAttention, "_key_mask", fill_of_ten_thousand)
+    monkeypatch.setattr(lowered_attention.FusedAttention, "_key_mask", fill_of_ten_thousand)
     verdict = judge(subject_of(tmp_path, interface=Interface(), precision=precision), "quick")
     assert wrong_values(verdict)
     assert all("opposed" in failure for failure in verdict.failures), "only the family made for it can tell"
@@ -96,7 +97,7 @@ def test_a_fill_of_minus_ten_thousand_fails(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_a_literal_fill_of_minus_ten_thousand_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering._ReferenceAttention, "attend", literal_fill_of_ten_thousand)
+    monkeypatch.setattr(lowered_attention.ReferenceAttention, "attend", literal_fill_of_ten_thousand)
     assert wrong_values(judge(subject_of(tmp_path, "reference", Interface()), "quick"))
 
 
@@ -113,7 +114,7 @@ def test_swapped_masks_fail_where_the_lengths_hide_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bias_that_is_not_transposed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering._FusedAttention, "attend", bias_reshaped_not_turned)
+    monkeypatch.setattr(lowered_attention.FusedAttention, "attend", bias_reshaped_not_turned)
     failures = wrong_values(judge(subject_of(tmp_path), "quick"))
     assert [f for f in failures if "context_out" in f]
     assert not [f for f in failures if " out, live" in f]
@@ -122,12 +123,12 @@ def test_a_bias_that_is_not_transposed_fails(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_scale_applied_twice_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
-    class ScaledTwice(lowering._FusedAttention):
+    class ScaledTwice(lowered_attention.FusedAttention):
         def __init__(self, *args: object) -> None:
             super().__init__(*args)  # type: ignore[arg-type]
             self.scale **= 2
 
-    monkeypatch.setitem(lowering._KINDS, "fused", ScaledTwice)
+    monkeypatch.setattr(lowering, "FusedAttention", ScaledTwice)
     assert wrong_values(judge(subject_of(tmp_path, precision=precision), "quick"))
 
 
@@ -271,7 +272,41 @@ def test_defects_planted_in_the_graph_for_the_cpu_fail_too(tmp_path: Path, monke
 
     assert judge(subject("right.onnx"), "quick")
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "_FAR_BELOW", -10000.0)
+        patch.setattr(lowered_attention, "_FAR", -10000.0)
         assert wrong_values(judge(subject("fill.onnx"), "quick"))
-    monkeypatch.setattr(lowering, "_live_rows", lambda own, other: torch.ones_like(own)[:, None, :, None])
+    marks = lowered_attention.MaskedCpuAttention._marks
+    monkeypatch.setattr(
+        lowered_attention.MaskedCpuAttention,
+        "_marks",
+        lambda self, mask, live, dead: marks(self, mask, live, (dead[0], live[1])),
+    )
     assert wrong_values(judge(subject("dead.onnx"), "quick"))
+
+
+@pytest.mark.parametrize("masks", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_graph_for_the_cpu_is_the_layer_whichever_masks_it_has(tmp_path: Path, masks: tuple[bool, bool]) -> None:
+    checkpoint, interface = make_checkpoint(prenorm=True), Interface(mask=masks[0], context_mask=masks[1])
+    lowered = lower(checkpoint, "fused", runtime="onnxruntime-cpu", masked=interface.masked)
+    write(trace(lowered, checkpoint.spec, interface, 17, runtime="onnxruntime-cpu"), tmp_path / "cpu.onnx")
+    verdict = judge(Subject(tmp_path / "cpu.onnx", checkpoint, interface, Dims(), "fp32", True), "quick")
+    assert verdict, verdict.failures
+
+
+def test_parity_judges_what_it_is_given_to_run_on(tmp_path: Path) -> None:
+    subject = subject_of(tmp_path, interface=Interface(), precision="fp16")
+    asked: list[Path] = []
+
+    def runtimes(path: Path) -> dict[str, Runner]:
+        asked.append(path)
+        return {"mine": ort_runner(path)}
+
+    verdict, usual = judge(subject, "quick", runtimes=runtimes), judge(subject, "quick")
+    assert verdict, verdict.failures
+    # The model, and a copy of it with weights for each further sharpness.
+    assert asked[0] == subject.path
+    assert [path.name.partition("-")[0] for path in asked[1:]] == ["sharpened"] * 2
+    assert [replace(r, runtime="onnxruntime") for r in verdict.results] == [
+        r for r in usual.results if r.runtime == "onnxruntime"
+    ]
+    assert usual.notes
+    assert verdict.notes == ()  # they are about the runtimes of the CPU

@@ -10,7 +10,7 @@ import torch
 from conftest import make_checkpoint
 
 import bca_deploy
-from bca_deploy import lowering, pipeline
+from bca_deploy import lowered_attention, pipeline
 from bca_deploy.bundle import Bundle
 from bca_deploy.errors import BundleError, CheckpointError, InputError, LoweringError, ParityError
 from bca_deploy.recipe import Recipe, read_recipe
@@ -138,7 +138,7 @@ def test_heads_given_by_flag_override_the_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_failed_parity_leaves_no_bundle_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "_mean", lambda v: v[:1] * 0)
+    monkeypatch.setattr(lowered_attention, "_mean", lambda v: v[:1] * 0)
     plan = pipeline.make_plan(Recipe(), make_checkpoint(), tmp_path / "m")
     with pytest.raises(ParityError, match="the exported model is not the PyTorch layer"):
         pipeline.run(plan, pipeline.Silent())

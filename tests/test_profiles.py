@@ -1,6 +1,7 @@
 """Optimization profiles: whatever leaves this module fits inside the bundle's dims, and a builder can take it as it is."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 
 import pytest
@@ -8,10 +9,10 @@ from conftest import make_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.cli import _range
+from bca_deploy.cli_common import read_range
 from bca_deploy.errors import InputError
 from bca_deploy.manifest import TensorEntry
-from bca_deploy.profiles import is_static, resolve, shapes
+from bca_deploy.profiles import Ranges, choose_profile, is_static, resolve, shapes
 from bca_deploy.recipe import ProfileTable
 from bca_deploy.spec import DimRange, Dims, Interface
 
@@ -81,7 +82,7 @@ def test_a_range_outside_the_dims_is_refused_with_both_and_both_ways_out(name: s
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         resolve((ProfileTable(), ProfileTable(**{name: asked})), DIMS)
-    assert DimRange(**(_range(message.rpartition(" ")[2]) or {})) == asked  # the flag is one that the command line reads
+    assert DimRange(**(read_range(message.rpartition(" ")[2]) or {})) == asked  # the flag is one that the command line reads
 
 
 @pytest.mark.parametrize("again", [ProfileTable(), ProfileTable(**vars(DIMS))])
@@ -96,3 +97,43 @@ def test_only_one_profile_that_fixes_everything_is_static() -> None:
     assert not is_static((one, two))  # there is a profile to choose
     for name in NAMES:
         assert not is_static((Dims(**{**vars(one), name: DimRange(1, 1, 2)}),))
+
+
+# ---- the profile for given shapes
+
+SHORT: Ranges = {"x": ((1, 1, 8), (4, 8, 8), (8, 64, 8)), "mask": ((1, 1), (4, 8), (8, 64))}
+LONG: Ranges = {"x": ((1, 1, 8), (4, 256, 8), (8, 512, 8)), "mask": ((1, 1), (4, 256), (8, 512))}
+
+
+def sizes(length: int) -> Mapping[str, tuple[int, ...]]:
+    return {"x": (4, length, 8), "mask": (4, length)}
+
+
+@pytest.mark.parametrize(
+    ("length", "profile"),
+    [
+        (1, 0),
+        (8, 0),
+        (44, 0),  # 5.5 times 8, and 256 is 5.8 times 44
+        (46, 1),
+        (64, 1),
+        (65, 1),  # too long for the first
+        (512, 1),
+    ],
+)
+def test_the_nearest_profile_that_holds_the_shapes_is_chosen(length: int, profile: int) -> None:
+    assert choose_profile([SHORT, LONG], sizes(length)) == profile
+    assert choose_profile([LONG, SHORT], sizes(length)) == 1 - profile
+
+
+def test_of_equal_profiles_the_first_is_chosen() -> None:
+    assert choose_profile([SHORT, SHORT], sizes(8)) == 0
+
+
+@pytest.mark.parametrize(
+    "shapes", [sizes(513), {"x": (9, 8, 8), "mask": (9, 8)}, {"x": (4, 8, 7), "mask": (4, 8)}, {"x": (4, 8)}]
+)
+def test_shapes_that_no_profile_holds_are_refused(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    said = r"^no profile of the engine holds x \[.*; it has: x \[1, 1, 8\] to \[8, 64, 8\], mask \[1, 1\] to \[8, 64\]; x \["
+    with pytest.raises(InputError, match=said):
+        choose_profile([SHORT, LONG], shapes)

@@ -98,6 +98,19 @@ def test_inputs_that_track_gradients_are_taken_without_them(session: Session) ->
     assert not session(**inputs)[0].requires_grad
 
 
+def test_bfloat16_of_torch_comes_in_and_goes_out_bit_by_bit(session: Session) -> None:
+    from bca_deploy.tensors import as_array, back
+
+    x = torch.randn(1, 3, 24).bfloat16()
+    array = as_array("x", x)
+    assert array.dtype.name == "bfloat16"
+    returned = back([x])
+    assert returned is not None
+    assert torch.equal(returned(array), x)
+    context = torch.randn(1, 2, 16)
+    assert torch.equal(session(x, context, cast=True)[0], session(x.float(), context)[0])
+
+
 def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
     class Foreign:
         def __init__(self, array: np.ndarray) -> None:
@@ -127,8 +140,9 @@ def test_views_that_are_not_contiguous_give_the_same(session: Session) -> None:
     ("value", "message"),
     [
         ([[1.0]], "input x is a list; give a numpy array, a torch tensor or another array with __dlpack__"),
-        (torch.ones(1, 2, 24, device="meta"), r"input x is on meta, and this session runs on the CPU; give x.cpu\(\)"),
-        (torch.ones(1, 2, 24, dtype=torch.bfloat16), r"dtype torch.bfloat16, which this session cannot take; give x.float\(\)"),
+        (torch.ones(1, 2, 24, device="meta"), r"input x is on meta, where this session does not run; give x.cpu\(\)"),
+        (torch.ones(1, 2, 24, dtype=torch.bfloat16), "^input x has dtype bfloat16, and needs float32; cast=True converts it$"),
+        (torch.ones(1, 2, 24, dtype=torch.float8_e5m2), r"dtype torch.float8_e5m2, which numpy has not; give x.float\(\)"),
         (np.ones((1, 4096, 24), np.float32), r"axis 1 \(x_len\) is 4096, allowed 1 to 2048; cut the sequence"),
     ],
 )
@@ -234,6 +248,139 @@ def test_failures_are_counted_and_the_next_call_works(exported: Bundle, monkeypa
         assert (session.metrics().calls, session.metrics().failures) == (2, 1)
 
 
+def test_closing_finishes_what_was_accepted_and_calls_under_way_end_well(exported: Bundle) -> None:
+    session = bca_deploy.open(exported.directory, threads=1)
+    run, inputs, entered, go = session._backend.run, make(1, 3, 4), threading.Event(), threading.Event()
+
+    def slowly(given: Any) -> Any:
+        entered.set()
+        go.wait(5)
+        return run(given)
+
+    session._backend.run = slowly  # type: ignore[method-assign]
+
+    async def many() -> list[Any]:
+        calls = [asyncio.ensure_future(session.run_async(**inputs)) for _ in range(5)]
+        await asyncio.to_thread(entered.wait, 5)
+        closing = asyncio.create_task(asyncio.to_thread(session.close))
+        await asyncio.sleep(0.05)
+        go.set()
+        await closing
+        return await asyncio.gather(*calls)
+
+    found = asyncio.run(many())
+    with bca_deploy.open(exported.directory) as other:
+        wanted = other(**inputs)
+    assert all(np.array_equal(a, b) for outputs in found for a, b in zip(outputs, wanted, strict=True))
+
+
+@pytest.mark.parametrize("method", ["run", "run_alone"])
+def test_a_call_that_reaches_a_closed_backend_says_so(exported: Bundle, method: str) -> None:
+    session = bca_deploy.open(exported.directory)
+    backend, inputs = session._backend, make(1, 3, 4)
+    session.close()
+    with pytest.raises(BcaError, match=r"^the session is closed; open the bundle again$"):
+        getattr(backend, method)(inputs)
+    assert backend._alone is None  # type: ignore[attr-defined]  # and opens nothing
+
+
+def test_many_threads_calling_while_the_session_closes_get_results_or_that_it_is_closed(exported: Bundle) -> None:
+    wanted, refused = None, list[str]()
+    for _ in range(5):
+        session, begin = bca_deploy.open(exported.directory, threads=1), threading.Barrier(9)
+
+        def work(index: int, session: Session = session, begin: threading.Barrier = begin) -> Any:
+            begin.wait()
+            found = None
+            for _ in range(50):
+                try:
+                    found = session(**make(1, 3, 4))
+                except BcaError as error:
+                    refused.append(str(error))
+                    break
+            return found
+
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(work, index) for index in range(8)]
+            begin.wait()
+            session.close()
+            for found in (call.result() for call in calls):
+                wanted = found if wanted is None else wanted
+                assert found is None or np.array_equal(found[0], wanted[0])
+    assert set(refused) <= {"the session is closed; open the bundle again"}
+
+
+def test_what_onnxruntime_raises_is_one_of_our_errors_and_names_the_shapes(exported: Bundle) -> None:
+    with bca_deploy.open(exported.directory) as session:
+        inputs = make(1, 3, 4)
+        del inputs["mask"]
+        with pytest.raises(
+            EngineError, match=r"^onnxruntime failed on x \[1, 3, 24\], context \[1, 4, 16\], context_mask \[1, 4\]: "
+        ):
+            session._backend.run(inputs)
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(1, 1), (3, 3), (None, 0)])
+def test_the_thread_count_reaches_onnxruntime(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int
+) -> None:
+    import onnxruntime
+
+    seen, real = [], onnxruntime.InferenceSession
+
+    def spy(path: str, options: Any, **rest: Any) -> Any:
+        seen.append(options.intra_op_num_threads)
+        return real(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    with bca_deploy.open(exported.directory, threads=threads) as session:
+        session.run_many([tuple(make(1, 3, 4, seed).values()) for seed in range(4)])
+    assert seen == [wanted, 1]
+
+
+def test_an_oversized_request_is_refused_before_anything_is_made_of_it(session: Session) -> None:
+    context = make(1, 2, 3)["context"]
+    for cast in (False, True):
+        with pytest.raises(InputError, match=r"^input x: axis 1 \(x_len\) is 100000000000, allowed 1 to 2048"):
+            session(np.broadcast_to(np.float64(0), (1, 10**11, 24)), context, cast=cast)
+
+
+def test_an_unknown_policy_is_refused(session: Session) -> None:
+    with pytest.raises(InputError, match=r"^policy 'Pad' is not known; allowed: auto, alone, pad$"):
+        session.run_many([], policy="Pad")  # type: ignore[arg-type]
+
+
+def test_pairs_may_come_from_generators_and_torch_goes_out_again(session: Session) -> None:
+    inputs = [torch.from_numpy(array) for array in make(1, 3, 4).values()]
+    ((out, _),) = session.run_many(iter([iter(inputs)]))
+    assert torch.equal(out, session(*inputs)[0])
+
+
+def test_run_many_does_not_wait_behind_what_it_did_not_need(exported: Bundle) -> None:
+    with bca_deploy.open(exported.directory, threads=2) as session:
+        free = threading.Event()
+        session._executor().submit(free.wait, 20)
+        session._executor().submit(free.wait, 20)
+        try:
+            pairs = [tuple(make(1, 3, 4, seed).values()) for seed in range(6)]
+            assert len(session.run_many(pairs)) == 6  # both threads are taken, so the caller does it all
+        finally:
+            free.set()
+
+
+def test_the_callers_context_is_there_in_the_background(exported: Bundle) -> None:
+    import contextvars
+
+    request = contextvars.ContextVar("request", default="lost")
+    told: list[str] = []
+    with bca_deploy.open(exported.directory, on_call=lambda call: told.append(request.get()), threads=2) as session:
+        request.set("mine")
+        asyncio.run(session.run_async(**make(1, 3, 4)))
+        session.run_many([tuple(make(1, 3, 4, seed).values()) for seed in range(40)])
+    assert set(told) == {"mine"}
+    assert len(told) == 41
+
+
 def test_a_closed_session_says_so(exported: Bundle) -> None:
     session = bca_deploy.open(exported.directory)
     session.close()
@@ -245,7 +392,7 @@ def test_a_closed_session_says_so(exported: Bundle) -> None:
 def test_auto_takes_the_graph_made_for_the_cpu_and_says_why_nothing_faster(session: Session) -> None:
     explanation = session.explain()
     assert explanation.chosen.startswith("onnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime")
-    assert [name for name, _ in explanation.passed_over] == ["tensorrt", "rtx", "onnxruntime-cuda"]
+    assert [name for name, _ in explanation.passed_over] == ["tensorrt", "rtx", "onnxruntime-cuda", "onnxruntime-tensorrt"]
     assert "no tensorrt engine; build one: bca build" in str(explanation)
 
 
@@ -374,6 +521,15 @@ def test_bca_run_refuses_with_exit_code_2(exported: Bundle, arguments: tuple[str
     assert message in done.stderr
 
 
+def test_bca_run_refuses_a_damaged_archive_of_arrays(exported: Bundle, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **make(1, 2, 3))
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[: len(whole) // 2])
+    done = bca("run", exported.directory, "--input", tmp_path / "x.npz")
+    assert done.exit_code == 2
+    assert "x.npz is no readable .npy or .npz file" in done.stderr
+
+
 def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [tuple(make(1, 4, 4, seed=n).values()) for n in range(12)]
     with bca_deploy.open(exported.directory, threads=2) as session:
@@ -389,6 +545,66 @@ def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bun
             with pytest.raises(RuntimeError, match="the fifth"):
                 session.run_many(pairs)
         assert len(session.run_many(pairs)) == 12
+
+
+def test_spans_of_opentelemetry_are_made_of_what_an_observer_is_told(exported: Bundle) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from bca_deploy.metrics import Call
+
+    kept, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    tracer = provider.get_tracer("server")
+
+    def span(call: Call) -> None:
+        made = tracer.start_span("bca", start_time=call.start_ns, attributes={"backend": call.backend, "batch": call.batch})
+        made.end(call.end_ns)
+
+    with bca_deploy.open(exported.directory, on_call=span) as session:
+        with tracer.start_as_current_span("request"):
+            session(**make(2, 3, 4))
+        session.run_many([tuple(make(1, 3, 4).values())] * 3)
+    inner, request, *many = kept.get_finished_spans()
+    assert inner.parent is not None
+    assert inner.parent.span_id == request.context.span_id
+    assert inner.attributes == {"backend": "onnxruntime-cpu", "batch": 2}
+    assert request.start_time <= inner.start_time <= inner.end_time <= request.end_time
+    assert len(many) == 3
+
+
+def test_opening_logs_one_line_with_its_parts_and_calls_log_nothing(exported: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "bca_deploy"), bca_deploy.open(exported.directory) as session:
+        session(**make(1, 2, 3))
+        session.run_many([tuple(make(1, 2, 3).values())] * 3)
+    (record,) = caplog.records
+    assert "not tensorrt: " in record.getMessage()
+    assert (record.backend, record.precision) == ("onnxruntime-cpu", "fp32")  # type: ignore[attr-defined]
+
+
+def test_an_observers_mistake_fails_no_request(exported: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with bca_deploy.open(exported.directory, on_call=lambda call: 1 / 0) as session:
+        assert len(session(**make(1, 2, 3))) == 2
+    assert "on_call failed" in caplog.text
+
+
+def test_an_observer_is_told_of_failures(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    with bca_deploy.open(exported.directory, on_call=told.append) as session:
+        monkeypatch.setattr(session._backend, "run", lambda inputs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session(**make(1, 2, 3))
+    assert [(call.failed, call.x_len, call.context_len) for call in told] == [(True, 2, 3)]
+
+
+def test_shapes_that_were_accepted_are_still_checked_for_everything_else(session: Session) -> None:
+    inputs = make(2, 5, 3)
+    session(**inputs)
+    with pytest.raises(InputError, match="has dtype float64"):
+        session(**inputs | {"x": inputs["x"].astype(np.float64)})
+    with pytest.raises(InputError, match="must agree"):
+        session(**inputs | {"mask": np.ones((2, 4), bool)})
 
 
 def test_a_prometheus_registry_reads_the_metrics(exported: Bundle) -> None:
