@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
-#include <sstream>
 #include <string>
 #include <string_view>
 
@@ -21,13 +20,16 @@ inline std::uint32_t u32(std::string_view data, std::size_t at) {
   return u16(data, at) | static_cast<std::uint32_t>(u16(data, at + 2)) << 16;
 }
 
+/// Throws InputError.
 inline std::string read(const std::filesystem::path& file) {
   std::ifstream stream(file, std::ios::binary);
-  std::ostringstream content;
-  if (!std::filesystem::is_regular_file(file) || !(stream && content << stream.rdbuf())) {
-    throw InputError(file.string() + " does not exist or cannot be read as a file; check the path");
+  std::string content;
+  if (stream && std::filesystem::is_regular_file(file)) {
+    content.resize(std::filesystem::file_size(file));
+    stream.read(content.data(), static_cast<std::streamsize>(content.size()));
+    if (stream) return content;
   }
-  return std::move(content).str();
+  throw InputError(file.string() + " does not exist or cannot be read as a file; check the path");
 }
 
 }  // namespace bca::bytes

@@ -1,5 +1,7 @@
 #include "bca/session.hpp"
 
+#include <algorithm>
+
 #include "backends.hpp"
 #include "contract.hpp"
 #include "npy.hpp"
@@ -57,14 +59,14 @@ std::vector<MutableView> Session::State::in_order(const OutputViews& outputs, co
   std::vector<std::string> known;
   for (const TensorInfo& tensor : info().outputs) {
     known.push_back(tensor.name);
-    for (const auto& [name, view] : outputs) {
-      if (name != tensor.name) continue;
-      check_memory(view.memory, "output", name);
-      check_output(tensor, view, shape_at(tensor.axes, sizes));
-      ordered.push_back(view);
-    }
+    const auto found = std::find_if(outputs.begin(), outputs.end(), [&](const auto& given) { return given.first == tensor.name; });
+    if (found == outputs.end()) continue;
+    check_memory(found->second.memory, "output", tensor.name);
+    check_output(tensor, found->second, shape_at(tensor.axes, sizes));
+    ordered.push_back(found->second);
   }
-  if (ordered.size() == outputs.size() && ordered.size() == known.size()) return ordered;
+  // Every name was looked up once: a name too many, unknown or given twice, shows in the count.
+  if (ordered.size() == known.size() && ordered.size() == outputs.size()) return ordered;
   throw InputError("outputs " + text::join(names_in(outputs)) + " were given, and the model has " + text::join(known));
 }
 
