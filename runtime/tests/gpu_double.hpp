@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "engine_runner.hpp"
@@ -24,11 +25,16 @@ struct World {
   std::atomic<int> contexts{0}, running{0}, most_running{0}, made_contexts{0};
   std::function<void()> on_enqueue = [] {};
   std::string refuse;                          // the step that fails
-  int device = 7;                              // the thread's device outside
+  std::map<std::thread::id, int> devices;      // each thread's current one
 
   void note(const std::string& what) {
     const std::lock_guard lock(mutex);
     log.push_back(what);
+  }
+  /// The calling thread's device, 7 outside of calls; returns the one before.
+  int set_device(int device) {
+    const std::lock_guard lock(mutex);
+    return std::exchange(devices.try_emplace(std::this_thread::get_id(), 7).first->second, device);
   }
   std::size_t count(const std::string& what) {
     const std::lock_guard lock(mutex);
@@ -46,8 +52,8 @@ class Gpu : public bca::Gpu {
  public:
   explicit Gpu(World& world) : world_(world) {}
 
-  int enter() override { return std::exchange(world_.device, 0); }
-  void leave(int before) noexcept override { world_.device = before; }
+  int enter() override { return world_.set_device(0); }
+  void leave(int before) noexcept override { world_.set_device(before); }
   void* allocate(std::size_t bytes) override {
     fail_at("allocate");
     void* memory = std::malloc(bytes);

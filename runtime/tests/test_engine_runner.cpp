@@ -60,10 +60,10 @@ TEST(EngineRunner, RunsOnItsDeviceAndGivesTheThreadsBack) {
   World world;
   auto runner = make(world);
   int seen = -1;
-  world.on_enqueue = [&] { seen = world.device; };
+  world.on_enqueue = [&] { seen = world.set_device(0); };
   Request(5).run(*runner);
   EXPECT_EQ(seen, 0);
-  EXPECT_EQ(world.device, 7);
+  EXPECT_EQ(world.set_device(7), 7);
 }
 
 TEST(EngineRunner, TakesTheNearestProfileAndSwitchesOnlyWhenItMust) {

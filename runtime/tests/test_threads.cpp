@@ -59,8 +59,10 @@ TEST(Threads, EightTimesAThousandCallsAreRightAndMemoryStaysFlat) {
   EXPECT_EQ(call_from_all_threads(session, all, kCalls / 4), 0);  // every thread's memory and the arena are made now
   const std::size_t before = resident_bytes();
   EXPECT_EQ(call_from_all_threads(session, all, kCalls), 0);
-  // A leak of 512 bytes a call would be 4 MB.
-  EXPECT_LT(static_cast<double>(resident_bytes()) - static_cast<double>(before), 4e6);
+  // A leak of 512 bytes a call would be 4 MB. Sanitizers hold freed memory back on purpose.
+  if (!BCA_SANITIZED) {
+    EXPECT_LT(static_cast<double>(resident_bytes()) - static_cast<double>(before), 4e6);
+  }
 }
 
 TEST(Threads, SessionsOpenAndCloseSideBySide) {
