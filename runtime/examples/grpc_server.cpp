@@ -4,7 +4,8 @@
 //               [--time-limit-ms 10000] [--threads N]
 //
 // A request waits for one of `concurrency` places, at most its own deadline and the server's time limit; a full queue is told
-// so at once. SIGTERM and SIGINT let running requests end, for ten seconds at most.
+// so at once. After SIGTERM or SIGINT the server is not ready, answers new requests with UNAVAILABLE for half a second, and lets
+// those at work end, for ten seconds at most.
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 #include <iostream>
 #include <map>
 #include <mutex>
-#include <optional>
+#include <thread>
 
 #include <bca/session.hpp>
 
@@ -90,9 +91,6 @@ std::pair<const void*, std::size_t> memory_of(const InputTensor& input, const st
 }
 
 bca::View view_of(const InputTensor& input, const std::string* raw) {
-  if (input.parameters().count("shared_memory_region")) {
-    throw bca::InputError("input " + input.name() + ": this server has no shared memory; send the data in the request");
-  }
   const auto type = types().find(input.datatype());
   if (type == types().end()) throw bca::InputError("input " + input.name() + " has datatype '" + input.datatype() + "', which no model takes");
   const bca::Shape shape(input.shape().begin(), input.shape().end());
@@ -105,6 +103,10 @@ bca::View view_of(const InputTensor& input, const std::string* raw) {
 }
 
 bca::Inputs inputs_of(const inference::ModelInferRequest& request) {
+  for (const InputTensor& input : request.inputs()) {
+    if (!input.parameters().count("shared_memory_region")) continue;
+    throw bca::InputError("input " + input.name() + ": this server has no shared memory; send the data in the request");
+  }
   const int raws = request.raw_input_contents_size();
   if (raws && raws != request.inputs_size()) {
     throw bca::InputError(std::to_string(request.inputs_size()) + " inputs, and " + std::to_string(raws) + " raw contents; give one for each");
@@ -150,6 +152,7 @@ class Service final : public inference::GRPCInferenceService::Service {
     return Status::OK;
   }
   Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request, inference::ModelInferResponse* response) override {
+    if (!ready_) return {StatusCode::UNAVAILABLE, "the server is stopping; ask another"};
     if (const Status status = check_name(request->model_name()); !status.ok()) return status;
     const auto limit = Clock::now() + std::chrono::milliseconds(settings_.time_limit_ms);
     if (const Status status = places_.take(std::min(limit, context->deadline())); !status.ok()) return status;
@@ -271,6 +274,7 @@ int serve(const Settings& settings) {
   int signal = 0;
   sigwait(&stops, &signal);
   service.stop();
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));  // gRPC would drop what comes during its shutdown
   server->Shutdown(Clock::now() + std::chrono::seconds(10));
   std::cout << "stopped" << std::endl;
   return 0;
