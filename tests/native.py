@@ -1,4 +1,4 @@
-"""Building runtime/ for the tests and the benchmark: one directory for each preset, built again only where something changed."""
+"""Building runtime/ for the tests and the benchmark: a directory for each preset, built again only where something changed."""
 
 import fcntl
 import os
@@ -49,7 +49,9 @@ def ort_library() -> Path:
 
 def environment(**more: str) -> dict[str, str]:
     """Return the environment in which the presets find everything, and the programs their onnxruntime."""
-    roots = {f"{name}_ROOT": str(SDK / place) for name, place in (("ORT", "onnxruntime"), ("TENSORRT", "tensorrt"), ("CUDA", "cuda"))}
+    roots = {
+        f"{name}_ROOT": str(SDK / place) for name, place in (("ORT", "onnxruntime"), ("TENSORRT", "tensorrt"), ("CUDA", "cuda"))
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | roots | {"PATH": path, "BCA_ORT_LIBRARY": str(ort_library())} | more
 
@@ -80,5 +82,3 @@ def _locked(name: str) -> Iterator[None]:
     with (BUILD / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-

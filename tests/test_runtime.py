@@ -84,7 +84,9 @@ def test_every_googletest_passes_and_none_is_skipped(release: Path) -> None:
 
 
 def test_ctest_runs_every_suite(release: Path) -> None:
-    suites = re.findall(r"^(?:\w+/)?(\w+)\.", passed([release / "tests" / "bca_tests", "--gtest_list_tests"]), flags=re.MULTILINE)
+    suites = re.findall(
+        r"^(?:\w+/)?(\w+)\.", passed([release / "tests" / "bca_tests", "--gtest_list_tests"]), flags=re.MULTILINE
+    )
     filters = " ".join(re.findall(r"--gtest_filter=(\S+)\"?", passed(["ctest", "--show-only=json-v1"], release)))
     assert [suite for suite in suites if suite not in filters] == []
 
@@ -135,7 +137,9 @@ def test_outputs_are_the_python_sessions_bit_for_bit(
     bca_run: Path, exported: Bundle, tmp_path: Path, precision: Any, threads: int
 ) -> None:
     with bca_deploy.open(exported.directory, "onnxruntime-cpu", precision=precision, threads=threads) as session:
-        for number, (shape, masked) in enumerate([((1, 1, 1), True), ((2, 7, 5), False), ((3, 40, 33), True), ((1, 64, 64), True)]):
+        for number, (shape, masked) in enumerate(
+            [((1, 1, 1), True), ((2, 7, 5), False), ((3, 40, 33), True), ((1, 64, 64), True)]
+        ):
             given = inputs(*shape, masked)
             wanted = session.run(given, cast=True)
             here = tmp_path / str(number)
@@ -170,7 +174,9 @@ def test_both_refuse_a_request_of_the_session_in_the_same_words(bca_run: Path, e
 
 
 def test_the_selftest_passes_and_an_output_out_of_bounds_exits_1(bca_run: Path, tmp_path: Path) -> None:
-    assert passed([bca_run, FIXTURE, "--selftest"]).startswith("self-test passed: onnxruntime-cpu: models/fp32.onnx on onnxruntime ")
+    assert passed([bca_run, FIXTURE, "--selftest"]).startswith(
+        "self-test passed: onnxruntime-cpu: models/fp32.onnx on onnxruntime "
+    )
     broken = shutil.copytree(FIXTURE, tmp_path / "broken")
     with np.load(FIXTURE / "selftest.npz") as arrays:
         changed = {name: array * 0 if "/bound/" in name else array for name, array in arrays.items()}
@@ -341,7 +347,9 @@ def test_the_readmes_commands_build_and_install_and_its_snippets_compile_and_run
     for command in tool.strip().splitlines():
         passed(["bash", "-c", command], tmp_path, PATH=path)
     flags = [f"-I{prefix / 'include'}", f"-L{prefix / 'lib'}", f"-Wl,-rpath,{prefix / 'lib'}", "-Wall", "-Wextra", "-Werror"]
-    compiled = [("cpp", "g++", "-std=c++17", text) for text in snippets("cpp")] + [("c", "gcc", "-std=c99", t) for t in snippets("c")]
+    compiled = [("cpp", "g++", "-std=c++17", text) for text in snippets("cpp")] + [
+        ("c", "gcc", "-std=c99", t) for t in snippets("c")
+    ]
     assert len(compiled) == 4
     for number, (ending, compiler, standard, text) in enumerate(compiled):
         source = tmp_path / f"snippet{number}.{ending}"
@@ -350,9 +358,7 @@ def test_the_readmes_commands_build_and_install_and_its_snippets_compile_and_run
         passed([tmp_path / f"snippet{number}"], tmp_path)
 
 
-DEMO = (
-    "--opset 17 --checkpoint examples/01_digits/matcher.safetensors --prefix fusion. --heads 4 --out build/demo --force"
-).split()
+DEMO = ("--checkpoint", "examples/01_digits/matcher.safetensors", "--prefix", "fusion.", "--heads", "4", "--out", "build/demo")
 
 
 def consumer(where: Path, prefix: Path) -> None:
@@ -370,7 +376,10 @@ def consumer(where: Path, prefix: Path) -> None:
     ("flags", "message"),
     [
         (["-DORT_ROOT=/nowhere"], "ONNX Runtime is not found: no onnxruntime_c_api.h below ORT_ROOT='/nowhere'. Give"),
-        (["-DBCA_ONNXRUNTIME=OFF", "-DBCA_TENSORRT=ON", "-DTENSORRT_ROOT=/nowhere"], "TensorRT is not found: no NvInferRuntime.h"),
+        (
+            ["-DBCA_ONNXRUNTIME=OFF", "-DBCA_TENSORRT=ON", "-DTENSORRT_ROOT=/nowhere"],
+            "TensorRT is not found: no NvInferRuntime.h",
+        ),
         (["-DBCA_ONNXRUNTIME=OFF", "-DBCA_TENSORRT=ON", "-DBCA_RTX=ON"], "build the library once for each"),
     ],
 )
@@ -382,7 +391,19 @@ def test_a_missing_sdk_is_named_with_the_option_to_give(release: Path, tmp_path:
 
 
 def test_without_onnxruntime_the_choice_of_backends_compiles_and_names_the_option(release: Path, tmp_path: Path) -> None:
-    passed(["cmake", "-G", "Ninja", "-S", native.ROOT / "runtime", "-B", tmp_path, "-DBCA_ONNXRUNTIME=OFF", "-DCMAKE_BUILD_TYPE=None"])
+    passed(
+        [
+            "cmake",
+            "-G",
+            "Ninja",
+            "-S",
+            native.ROOT / "runtime",
+            "-B",
+            tmp_path,
+            "-DBCA_ONNXRUNTIME=OFF",
+            "-DCMAKE_BUILD_TYPE=None",
+        ]
+    )
     made = "CMakeFiles/bca_objects.dir/src/backends.cpp.o"
     passed(["ninja", made], tmp_path)
     assert b"BCA_ONNXRUNTIME\0" in (tmp_path / made).read_bytes()
@@ -399,7 +420,10 @@ def test_the_library_is_small_and_shows_only_its_interface(release: Path, tmp_pa
 
 
 def test_the_demo_bundle_opens_in_less_than_100_ms(bca_run: Path, exported: Bundle) -> None:
-    opened = [json.loads(passed([bca_run, exported.directory, "--bench", "--repeat", "1", "--shape", "1x2x2"]))["open_ms"] for _ in range(5)]
+    opened = [
+        json.loads(passed([bca_run, exported.directory, "--bench", "--repeat", "1", "--shape", "1x2x2"]))["open_ms"]
+        for _ in range(5)
+    ]
     assert min(opened) < 100  # the others may have had to wait for this machine
 
 
@@ -438,7 +462,7 @@ def request(arrays: dict[str, np.ndarray]) -> list[Any]:
 
 
 def test_the_server_answers_the_public_client(server: Any) -> None:
-    client, process = server()
+    client, _ = server()
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("model")

@@ -14,7 +14,7 @@ CLASSES = ("VRuntime", "VCudaEngine", "VExecutionContext")
 
 
 def unused(header: str, name: str) -> str:
-    body = header.split(f"class {name} :")[1].split("\n};")[0]
+    body = header.split(f"class {name} :")[1].split("\n};", maxsplit=1)[0]
     functions = re.findall(r"virtual\s+([^;]*?)\s*=\s*0;", re.sub(r"//[^\n]*", "", body))
     lines = [f"  {' '.join(function.split())} override {{ std::abort(); }}" for function in functions]
     return "\n".join([f"class Unused{name} : public apiv::{name} {{", " public:", *lines, "};", ""])
