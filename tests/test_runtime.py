@@ -419,11 +419,9 @@ def test_the_library_is_small_and_shows_only_its_interface(release: Path, tmp_pa
     assert [name for name in names if "nlohmann" in name or "Contract" in name or "Runner" in name] == []
 
 
-def test_the_demo_bundle_opens_in_less_than_100_ms(bca_run: Path, exported: Bundle) -> None:
-    opened = [
-        json.loads(passed([bca_run, exported.directory, "--bench", "--repeat", "1", "--shape", "1x2x2"]))["open_ms"]
-        for _ in range(5)
-    ]
+def test_a_bundle_opens_in_less_than_100_ms(bca_run: Path, exported: Bundle) -> None:
+    command: list[str | Path] = [bca_run, exported.directory, "--bench", "--repeat", "1", "--shape", "1x2x2"]
+    opened = [json.loads(passed(command))["open_ms"] for _ in range(20)]
     assert min(opened) < 100  # the others may have had to wait for this machine
 
 

@@ -24,4 +24,15 @@ TEST(FakeOrt, OneBinaryServesWhicheverLibraryItIsGiven) {
   EXPECT_EQ(session.run(pair.inputs()).at("out").data<float>()[3], 2 * pair.x.data<float>()[3]);
 }
 
+TEST(FakeOrt, DenormalsAreZeroWhileTheModelRunsAndNowhereElse) {
+  const bca::Session session = bca::Session::open(support::kFixture, on_fake());
+  const support::Pair pair(1, 2, 2, 1);
+  bca::Tensor tiny(bca::DType::Float32, {1, 2, 8});
+  std::fill_n(tiny.data<float>(), tiny.count(), 1e-40f);
+  const auto outputs = session.run({{"x", tiny}, {"context", pair.context}});
+  EXPECT_EQ(outputs.at("out").data<float>()[0], 0.0f);
+  volatile float still = tiny.data<float>()[0], two = 2;
+  EXPECT_GT(still * two, 0.0f);
+}
+
 }  // namespace
