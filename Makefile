@@ -14,12 +14,13 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sdks.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps --target $(VENV)/typings tensorrt-stubs==$(STUBS)
 	sed -i -e 's/\bin: list/inputs: list/' -e 's/channel_axis: int)/channel_axis: int = ...)/' $(VENV)/typings/tensorrt_bindings/tensorrt.pyi
 	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true
+	runtime/tests/setup.sh $(BIN)/python $(VENV)/sdk
 	touch $@
 
 demo: $(READY)
