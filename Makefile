@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sdks.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps --target $(VENV)/typings tensorrt-stubs==$(STUBS)
@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true
 	$(PYTHON) -m venv $(VENV)/triton
 	$(VENV)/triton/bin/python -m pip install -q --disable-pip-version-check --no-deps $(TRITON)
+	runtime/tests/setup.sh $(BIN)/python $(VENV)/sdk
 	touch $@
 
 demo: $(READY)

@@ -1,0 +1,292 @@
+// A server of the Open Inference Protocol over gRPC on the library: one bundle, one model, many clients at once.
+//
+//   grpc_server BUNDLE [--name model] [--address 127.0.0.1:8001] [--max-message-mb 64] [--concurrency 2] [--queue 64]
+//               [--time-limit-ms 10000] [--threads N]
+//
+// A request waits for one of `concurrency` places, at most its own deadline and the server's time limit; a full queue is told
+// so at once. After SIGTERM or SIGINT the server is not ready, answers new requests with UNAVAILABLE for half a second, and lets
+// those at work end, for ten seconds at most.
+#include <grpcpp/grpcpp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
+#include <iostream>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include <bca/session.hpp>
+
+#include "inference.grpc.pb.h"
+
+namespace {
+
+using Clock = std::chrono::system_clock;
+using grpc::Status;
+using grpc::StatusCode;
+
+struct Settings {
+  std::string bundle, name = "model", address = "127.0.0.1:8001";
+  int max_message_mb = 64, concurrency = 2, queue = 64, time_limit_ms = 10'000, threads = 0;
+};
+
+/// A bounded number of requests at work, and a bounded number waiting.
+class Places {
+ public:
+  Places(int free, int most_waiting) : free_(free), most_waiting_(most_waiting) {}
+
+  /// OK with a place taken, or why there is none.
+  Status take(Clock::time_point until) {
+    std::unique_lock lock(mutex_);
+    if (free_ == 0 && waiting_ >= most_waiting_) {
+      return {StatusCode::RESOURCE_EXHAUSTED, std::to_string(waiting_) + " requests are waiting already; try again later"};
+    }
+    ++waiting_;
+    const bool found = given_.wait_until(lock, until, [this] { return free_ > 0; });
+    --waiting_;
+    if (!found) return {StatusCode::DEADLINE_EXCEEDED, "no place became free in time; try again later"};
+    --free_;
+    return Status::OK;
+  }
+  void give() {
+    const std::lock_guard lock(mutex_);
+    ++free_;
+    given_.notify_one();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable given_;
+  int free_, waiting_ = 0;
+  const int most_waiting_;
+};
+
+// The protocol's names of the element types that a request may have.
+const std::map<std::string, bca::DType>& types() {
+  static const std::map<std::string, bca::DType> all = {
+      {"FP32", bca::DType::Float32}, {"FP16", bca::DType::Float16}, {"BF16", bca::DType::BFloat16}, {"FP64", bca::DType::Float64},
+      {"BOOL", bca::DType::Bool},    {"INT8", bca::DType::Int8},    {"UINT8", bca::DType::UInt8},   {"INT16", bca::DType::Int16},
+      {"UINT16", bca::DType::UInt16}, {"INT32", bca::DType::Int32}, {"UINT32", bca::DType::UInt32}, {"INT64", bca::DType::Int64},
+      {"UINT64", bca::DType::UInt64}};
+  return all;
+}
+
+std::string protocol_name(bca::DType dtype) {
+  const auto found = std::find_if(types().begin(), types().end(), [&](const auto& type) { return type.second == dtype; });
+  return found->first;
+}
+
+using InputTensor = inference::ModelInferRequest::InferInputTensor;
+
+/// The memory of an input, where the message has it; no copy.
+std::pair<const void*, std::size_t> memory_of(const InputTensor& input, const std::string* raw, bca::DType dtype) {
+  if (raw) return {raw->data(), raw->size()};
+  const auto& contents = input.contents();
+  if (dtype == bca::DType::Float32) return {contents.fp32_contents().data(), contents.fp32_contents().size() * sizeof(float)};
+  if (dtype == bca::DType::Bool) return {contents.bool_contents().data(), contents.bool_contents().size() * sizeof(bool)};
+  throw bca::InputError("input " + input.name() + ": " + input.datatype() + " comes in raw_input_contents only");
+}
+
+bca::View view_of(const InputTensor& input, const std::string* raw) {
+  const auto type = types().find(input.datatype());
+  if (type == types().end()) throw bca::InputError("input " + input.name() + " has datatype '" + input.datatype() + "', which no model takes");
+  const bca::Shape shape(input.shape().begin(), input.shape().end());
+  const auto [data, bytes] = memory_of(input, raw, type->second);
+  const std::size_t wanted = bca::count_of(shape) * bca::size_of(type->second);
+  if (bytes != wanted) {
+    throw bca::InputError("input " + input.name() + " has " + std::to_string(bytes) + " bytes of data, and its shape needs " + std::to_string(wanted));
+  }
+  return {data, type->second, shape};
+}
+
+bca::Inputs inputs_of(const inference::ModelInferRequest& request) {
+  for (const InputTensor& input : request.inputs()) {
+    if (!input.parameters().count("shared_memory_region")) continue;
+    throw bca::InputError("input " + input.name() + ": this server has no shared memory; send the data in the request");
+  }
+  const int raws = request.raw_input_contents_size();
+  if (raws && raws != request.inputs_size()) {
+    throw bca::InputError(std::to_string(request.inputs_size()) + " inputs, and " + std::to_string(raws) + " raw contents; give one for each");
+  }
+  bca::Inputs inputs;
+  for (int i = 0; i < request.inputs_size(); ++i) {
+    inputs.emplace_back(request.inputs(i).name(), view_of(request.inputs(i), raws ? &request.raw_input_contents(i) : nullptr));
+  }
+  return inputs;
+}
+
+class Service final : public inference::GRPCInferenceService::Service {
+ public:
+  Service(bca::Session session, const Settings& settings)
+      : session_(std::move(session)), settings_(settings), places_(settings.concurrency, settings.queue) {}
+
+  void stop() { ready_ = false; }
+
+  Status ServerLive(grpc::ServerContext*, const inference::ServerLiveRequest*, inference::ServerLiveResponse* response) override {
+    response->set_live(true);
+    return Status::OK;
+  }
+  Status ServerReady(grpc::ServerContext*, const inference::ServerReadyRequest*, inference::ServerReadyResponse* response) override {
+    response->set_ready(ready_);
+    return Status::OK;
+  }
+  Status ModelReady(grpc::ServerContext*, const inference::ModelReadyRequest* request, inference::ModelReadyResponse* response) override {
+    response->set_ready(ready_ && request->name() == settings_.name);
+    return Status::OK;
+  }
+  Status ServerMetadata(grpc::ServerContext*, const inference::ServerMetadataRequest*, inference::ServerMetadataResponse* response) override {
+    response->set_name("bca grpc_server");
+    response->set_version("0.1.0");
+    return Status::OK;
+  }
+  Status ModelMetadata(grpc::ServerContext*, const inference::ModelMetadataRequest* request, inference::ModelMetadataResponse* response) override {
+    if (const Status status = check_name(request->name()); !status.ok()) return status;
+    response->set_name(settings_.name);
+    response->add_versions("1");
+    response->set_platform(bca::name_of(session_.backend()));
+    for (const auto& tensor : session_.inputs()) describe(tensor, response->add_inputs());
+    for (const auto& tensor : session_.outputs()) describe(tensor, response->add_outputs());
+    return Status::OK;
+  }
+  Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request, inference::ModelInferResponse* response) override {
+    if (!ready_) return {StatusCode::UNAVAILABLE, "the server is stopping; ask another"};
+    if (const Status status = check_name(request->model_name()); !status.ok()) return status;
+    const auto limit = Clock::now() + std::chrono::milliseconds(settings_.time_limit_ms);
+    if (const Status status = places_.take(std::min(limit, context->deadline())); !status.ok()) return status;
+    const Status status = context->IsCancelled() ? Status(StatusCode::CANCELLED, "the client has gone") : infer(*request, *response);
+    places_.give();
+    return status;
+  }
+
+ private:
+  Status check_name(const std::string& name) const {
+    if (name == settings_.name) return Status::OK;
+    return {StatusCode::NOT_FOUND, "there is no model '" + name + "' here; there is " + settings_.name};
+  }
+
+  static void describe(const bca::TensorInfo& tensor, inference::ModelMetadataResponse::TensorMetadata* described) {
+    described->set_name(tensor.name);
+    described->set_datatype(protocol_name(tensor.dtype));
+    for (const bca::Axis& axis : tensor.axes) {
+      const auto* fixed = std::get_if<std::int64_t>(&axis);
+      described->add_shape(fixed ? *fixed : -1);
+    }
+  }
+
+  Status infer(const inference::ModelInferRequest& request, inference::ModelInferResponse& response) const {
+    try {
+      const bca::Outputs outputs = session_.run(inputs_of(request));
+      response.set_model_name(settings_.name);
+      response.set_model_version("1");
+      response.set_id(request.id());
+      for (const std::string& name : wanted(request)) write(name, outputs.at(name), response);
+      return Status::OK;
+    } catch (const bca::InputError& error) {
+      return {StatusCode::INVALID_ARGUMENT, error.what()};
+    } catch (const std::exception& error) {
+      return {StatusCode::INTERNAL, error.what()};
+    }
+  }
+
+  std::vector<std::string> wanted(const inference::ModelInferRequest& request) const {
+    std::vector<std::string> known, names;
+    for (const auto& tensor : session_.outputs()) known.push_back(tensor.name);
+    for (const auto& output : request.outputs()) {
+      if (std::find(known.begin(), known.end(), output.name()) == known.end()) throw bca::InputError("the model has no output '" + output.name() + "'");
+      names.push_back(output.name());
+    }
+    return names.empty() ? known : names;
+  }
+
+  static void write(const std::string& name, const bca::Tensor& tensor, inference::ModelInferResponse& response) {
+    auto* output = response.add_outputs();
+    output->set_name(name);
+    output->set_datatype(protocol_name(tensor.dtype()));
+    for (const std::int64_t size : tensor.shape()) output->add_shape(size);
+    response.add_raw_output_contents()->assign(static_cast<const char*>(tensor.data()), tensor.bytes());
+  }
+
+  const bca::Session session_;
+  const Settings settings_;
+  Places places_;
+  std::atomic<bool> ready_{true};
+};
+
+int number(const std::string& flag, const std::string& text) {
+  std::size_t used = 0;
+  int value = 0;
+  try {
+    value = std::stoi(text, &used);
+  } catch (const std::exception&) {
+    used = 0;
+  }
+  if (used != text.size() || text.empty() || value < 1) throw bca::InputError(flag + " is '" + text + "'; it must be a whole number of at least 1");
+  return value;
+}
+
+Settings settings_from(const std::vector<std::string>& words) {
+  Settings all;
+  std::map<std::string, std::string*> texts = {{"--name", &all.name}, {"--address", &all.address}};
+  std::map<std::string, int*> numbers = {{"--max-message-mb", &all.max_message_mb}, {"--concurrency", &all.concurrency},
+                                         {"--queue", &all.queue}, {"--time-limit-ms", &all.time_limit_ms}, {"--threads", &all.threads}};
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const bool has_value = i + 1 < words.size();
+    if (words[i].rfind("--", 0) != 0 && all.bundle.empty()) all.bundle = words[i];
+    else if (texts.count(words[i]) && has_value) *texts[words[i]] = words[i + 1], ++i;
+    else if (numbers.count(words[i]) && has_value) *numbers[words[i]] = number(words[i], words[i + 1]), ++i;
+    else throw bca::InputError("'" + words[i] + "' is unknown or lacks its value; the top of grpc_server.cpp lists the options");
+  }
+  if (all.bundle.empty()) throw bca::InputError("no bundle is given; grpc_server BUNDLE [--name model] [--address 127.0.0.1:8001] ...");
+  return all;
+}
+
+bca::Session open_ready(const Settings& settings) {
+  bca::Options options;
+  options.threads = settings.threads;
+  bca::Session session = bca::Session::open(settings.bundle, options);
+  session.selftest();
+  session.warmup();
+  return session;
+}
+
+int serve(const Settings& settings) {
+  sigset_t stops;
+  sigemptyset(&stops);
+  sigaddset(&stops, SIGTERM);
+  sigaddset(&stops, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &stops, nullptr);  // inherited by every thread made from here on
+
+  Service service(open_ready(settings), settings);
+  int port = 0;
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(settings.address, grpc::InsecureServerCredentials(), &port);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
+  builder.SetMaxReceiveMessageSize(settings.max_message_mb << 20);
+  builder.SetMaxSendMessageSize(settings.max_message_mb << 20);
+  builder.RegisterService(&service);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (!server) throw bca::Error(settings.address + " cannot be listened on; choose another --address");
+  std::cout << "listening on port " << port << ", model " << settings.name << std::endl;
+
+  int signal = 0;
+  sigwait(&stops, &signal);
+  service.stop();
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));  // gRPC would drop what comes during its shutdown
+  server->Shutdown(Clock::now() + std::chrono::seconds(10));
+  std::cout << "stopped" << std::endl;
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  try {
+    return serve(settings_from(std::vector<std::string>(values + 1, values + count)));
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 2;
+  }
+}

@@ -1,0 +1,93 @@
+#include "bundle.hpp"
+
+#include "bytes.hpp"
+#include "sha256.hpp"
+#include "text.hpp"
+
+namespace bca {
+namespace {
+
+namespace fs = std::filesystem;
+
+Manifest read_manifest_file(const fs::path& directory) {
+  const fs::path file = directory / "manifest.json";
+  if (!fs::is_regular_file(file)) {
+    throw BundleError(directory.string() + " is not a bundle: it has no manifest.json; make one with bca-export --out " + directory.string());
+  }
+  try {
+    return parse_manifest(bytes::read(file), directory.string(), file.string());
+  } catch (const InputError& error) {  // the file's permissions
+    throw BundleError(error.what());
+  }
+}
+
+bool is_inside(const fs::path& file, const fs::path& directory) {
+  const fs::path root = fs::weakly_canonical(directory), full = fs::weakly_canonical(file);
+  auto at = full.begin();
+  for (const fs::path& part : root) {
+    if (at == full.end() || *at++ != part) return false;
+  }
+  return true;
+}
+
+fs::path safe_path(const fs::path& directory, const std::string& name) {
+  bool named = false, climbs = false;
+  for (const fs::path& part : fs::path(name)) {
+    named |= !part.empty() && part != ".";
+    climbs |= part == "..";
+  }
+  if (!named || climbs || name[0] == '/' || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos) {
+    throw BundleError("unsafe path " + text::quoted(name) +
+                      ": files of a bundle are named relative to it, without '..'; do not use this bundle");
+  }
+  if (!is_inside(directory / name, directory)) {
+    throw BundleError("unsafe path " + text::quoted(name) + ": it is a link that leads out of the bundle; do not use this bundle");
+  }
+  return directory / name;
+}
+
+void check_file(const fs::path& directory, const std::string& name, const FileEntry& entry, Verify verify) {
+  const fs::path file = safe_path(directory, name);
+  if (!fs::is_regular_file(file)) {
+    throw BundleError(name + " is missing from " + directory.string() + "; copy or export the bundle again");
+  }
+  if (verify == Verify::Off) return;
+  const auto size = static_cast<std::int64_t>(fs::file_size(file));
+  if (size != entry.bytes) {
+    throw BundleError(name + " has " + std::to_string(size) + " bytes, the manifest says " + std::to_string(entry.bytes) +
+                      "; copy or export the bundle again");
+  }
+  if (verify == Verify::Full && sha256_of(file) != entry.sha256) {
+    throw BundleError(name + " has changed since the export (its sha256 differs from the manifest's); export the bundle again");
+  }
+}
+
+Bundle open_checked(const fs::path& directory, Verify verify) {
+  Bundle bundle{directory, read_manifest_file(directory)};
+  for (const auto& [name, entry] : bundle.manifest.files) check_file(directory, name, entry, verify);
+  return bundle;
+}
+
+}  // namespace
+
+fs::path Bundle::path(const std::string& name) const {
+  if (manifest.files.count(name)) return directory / name;
+  std::vector<std::string> known;
+  for (const auto& [file, entry] : manifest.files) known.push_back(file);
+  throw BundleError("the bundle has no " + name + "; it has " + text::join(known));
+}
+
+Bundle open_bundle(const fs::path& directory, Verify verify) {
+  std::error_code ignored;
+  if (fs::is_regular_file(directory, ignored)) {
+    throw BundleError(directory.string() + " is a file, and this runtime opens directories; unpack it first: unzip " +
+                      directory.string() + " -d DIRECTORY");
+  }
+  try {
+    return open_checked(directory, verify);
+  } catch (const fs::filesystem_error& error) {
+    throw BundleError(directory.string() + " cannot be read: " + error.code().message() + "; check its permissions and links");
+  }
+}
+
+}  // namespace bca

@@ -1,0 +1,132 @@
+#include "cast.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "text.hpp"
+
+namespace bca {
+namespace {
+
+bool is_float(DType dtype) {
+  return dtype == DType::Float16 || dtype == DType::BFloat16 || dtype == DType::Float32 || dtype == DType::Float64;
+}
+
+template <typename T, typename Read> void read_all(const View& view, std::vector<double>& out, Read read) {
+  const auto* at = static_cast<const unsigned char*>(view.data);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    T value;
+    std::memcpy(&value, at + i * sizeof(T), sizeof(T));  // the caller's memory may be unaligned
+    out[i] = read(value);
+  }
+}
+
+template <typename T> double plain(T value) { return static_cast<double>(value); }
+
+void store(double value, DType dtype, void* at) {
+  const float single = static_cast<float>(value);
+  const std::uint16_t bits = dtype == DType::Float16 ? half_of(value) : bfloat16_of(value);
+  switch (dtype) {
+    case DType::Float32: std::memcpy(at, &single, 4); break;
+    case DType::Float64: std::memcpy(at, &value, 8); break;
+    case DType::Bool: *static_cast<bool*>(at) = value != 0; break;
+    default: std::memcpy(at, &bits, 2);
+  }
+}
+
+double largest(const std::vector<double>& values) {
+  double found = 0;
+  for (const double value : values) found = std::max(found, std::abs(value));
+  return found;
+}
+
+bool all_finite(const std::vector<double>& values) {
+  return std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); });
+}
+
+void check_possible(const TensorInfo& input, const View& view, bool cast) {
+  const bool mask = input.dtype == DType::Bool;
+  const bool known = mask ? view.dtype > DType::Bool : is_float(view.dtype);  // the integers come after Bool
+  const bool possible = known && view.memory == Memory::Cpu;
+  if (cast && possible) return;
+  throw InputError("input " + input.name + " has dtype " + name_of(view.dtype) + ", and needs " + name_of(input.dtype) +
+                   (possible ? "; cast=True converts it" : ""));
+}
+
+void check_mask(const TensorInfo& input, const std::vector<double>& values) {
+  const bool right = std::all_of(values.begin(), values.end(), [](double value) { return value == 0 || value == 1; });
+  if (right) return;
+  const auto most = static_cast<long long>(*std::max_element(values.begin(), values.end()));
+  throw InputError("input " + input.name + ": a mask of integers must hold 0 and 1 alone, and its largest is " + std::to_string(most));
+}
+
+}  // namespace
+
+Tensor cast_to(const TensorInfo& input, const View& view, bool cast) {
+  check_possible(input, view, cast);
+  const std::vector<double> values = as_doubles(view);
+  if (input.dtype == DType::Bool) check_mask(input, values);
+  Tensor made(input.dtype, view.shape);
+  auto* at = static_cast<unsigned char*>(made.data());
+  for (std::size_t i = 0; i < values.size(); ++i) store(values[i], input.dtype, at + i * size_of(input.dtype));
+  if (all_finite(values) && !all_finite(as_doubles(made))) {
+    throw InputError("input " + input.name + " holds " + text::number(largest(values)) + ", more than " + name_of(input.dtype) +
+                     " can; scale it down");
+  }
+  return made;
+}
+
+std::vector<double> as_doubles(const View& view) {
+  std::vector<double> out(count_of(view.shape));
+  switch (view.dtype) {
+    case DType::Float32: read_all<float>(view, out, plain<float>); break;
+    case DType::Float16: read_all<std::uint16_t>(view, out, from_half); break;
+    case DType::BFloat16: read_all<std::uint16_t>(view, out, from_bfloat16); break;
+    case DType::Float64: read_all<double>(view, out, plain<double>); break;
+    case DType::Bool:
+    case DType::UInt8: read_all<std::uint8_t>(view, out, plain<std::uint8_t>); break;
+    case DType::Int8: read_all<std::int8_t>(view, out, plain<std::int8_t>); break;
+    case DType::Int16: read_all<std::int16_t>(view, out, plain<std::int16_t>); break;
+    case DType::UInt16: read_all<std::uint16_t>(view, out, plain<std::uint16_t>); break;
+    case DType::Int32: read_all<std::int32_t>(view, out, plain<std::int32_t>); break;
+    case DType::UInt32: read_all<std::uint32_t>(view, out, plain<std::uint32_t>); break;
+    case DType::Int64: read_all<std::int64_t>(view, out, plain<std::int64_t>); break;
+    case DType::UInt64: read_all<std::uint64_t>(view, out, plain<std::uint64_t>); break;
+  }
+  return out;
+}
+
+std::uint16_t half_of(double value) {
+  const std::uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double size = std::abs(value);
+  if (std::isnan(size)) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;  // half way between the largest number and what would come next
+  const int exponent = size < 0x1p-14 ? -14 : std::ilogb(size);
+  const auto mantissa = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+  return static_cast<std::uint16_t>(sign | ((exponent + 14) * 1024 + mantissa));  // a carry moves on to the exponent
+}
+
+double from_half(std::uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                     : std::ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25);
+  return bits & 0x8000 ? -size : size;
+}
+
+std::uint16_t bfloat16_of(double value) {
+  const auto single = static_cast<float>(value);
+  std::uint32_t bits;
+  std::memcpy(&bits, &single, 4);
+  if (std::isnan(single)) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+double from_bfloat16(std::uint16_t half) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+  float single;
+  std::memcpy(&single, &bits, 4);
+  return static_cast<double>(single);
+}
+
+}  // namespace bca

@@ -1,0 +1,130 @@
+#include "contract.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "cast.hpp"
+#include "text.hpp"
+
+namespace bca {
+namespace {
+
+bool is_optional(const TensorInfo& input) { return input.name == "mask" || input.name == "context_mask"; }
+
+/// A bool that is neither 0 nor 1 is undefined in C++ and in the kernels; numpy cannot make one, other callers can.
+void check_bools(const std::string& name, const View& view) {
+  if (view.dtype != DType::Bool || view.memory != Memory::Cpu) return;
+  const auto* bytes = static_cast<const std::uint8_t*>(view.data);
+  const std::size_t count = count_of(view.shape);
+  const auto* bad = std::find_if(bytes, bytes + count, [](std::uint8_t byte) { return byte > 1; });
+  if (bad != bytes + count) throw InputError("input " + name + ": a bool is one byte of 0 or 1, and here is one of " + std::to_string(*bad));
+}
+
+std::int64_t size_of_axis(const std::string& axis, const Sizes& sizes) {
+  return axis == "batch" ? sizes.batch : axis == "x_len" ? sizes.x_len : sizes.context_len;
+}
+
+}  // namespace
+
+/// The sizes seen so far, and which input each came from.
+struct Contract::Known {
+  std::map<std::string, std::pair<std::int64_t, std::string>> sizes;
+
+  std::int64_t at(const std::string& axis) const {
+    const auto found = sizes.find(axis);
+    return found == sizes.end() ? 0 : found->second.first;
+  }
+};
+
+Contract::Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice)
+    : inputs_(std::move(inputs)), dims_(dims), advice_(std::move(advice)) {
+  for (const TensorInfo& input : inputs_) names_.push_back(input.name);
+}
+
+Ready Contract::check(const Inputs& given, bool cast) const {
+  check_names(given);
+  Ready ready;
+  ready.views.resize(inputs_.size());
+  ready.owned.reserve(inputs_.size());
+  Known known;
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    const TensorInfo& input = inputs_[i];
+    const View* view = find(given, input.name);
+    if (!view && !is_optional(input)) throw InputError("input " + input.name + " is missing; the model takes " + text::join(names_));
+    if (!view) continue;
+    ready.views[i] = *view;
+    if (view->dtype != input.dtype) ready.views[i] = ready.owned.emplace_back(cast_to(input, *view, cast));
+    check_shape(input, view->shape, known);
+    check_bools(input.name, ready.views[i]);
+  }
+  ready.sizes = {known.at("batch"), known.at("x_len"), known.at("context_len")};
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    if (find(given, inputs_[i].name)) continue;
+    Tensor& ones = ready.owned.emplace_back(DType::Bool, shape_at(inputs_[i].axes, ready.sizes));
+    std::memset(ones.data(), 1, ones.bytes());
+    ready.views[i] = ones;
+  }
+  return ready;
+}
+
+const View* Contract::find(const Inputs& given, const std::string& name) const {
+  for (const auto& [key, view] : given) {
+    if (key == name) return &view;
+  }
+  return nullptr;
+}
+
+void Contract::check_names(const Inputs& given) const {
+  for (const auto& [name, view] : given) {
+    if (std::find(names_.begin(), names_.end(), name) == names_.end()) {
+      throw InputError("the model has no input '" + name + "'" + text::nearest(name, names_) + "; it takes " + text::join(names_));
+    }
+    if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
+    if (!view.data) throw InputError("input " + name + " has no memory: its pointer is null; leave a mask out instead");
+  }
+}
+
+void Contract::check_shape(const TensorInfo& input, const Shape& shape, Known& known) const {
+  if (shape.size() != input.axes.size()) {
+    throw InputError("input " + input.name + " has " + std::to_string(shape.size()) + " axes " + text::shown(shape) + ", and needs " +
+                     std::to_string(input.axes.size()) + ": " + text::shown(input.axes));
+  }
+  for (std::size_t i = 0; i < shape.size(); ++i) check_size(input, i, shape[i], known);
+}
+
+void Contract::check_size(const TensorInfo& input, std::size_t index, std::int64_t size, Known& known) const {
+  const std::string where = "input " + input.name + ": axis " + std::to_string(index), is = " is " + std::to_string(size);
+  if (const auto* fixed = std::get_if<std::int64_t>(&input.axes[index])) {
+    if (size == *fixed) return;
+    throw InputError(where + is + ", and must be " + std::to_string(*fixed) + ": " + text::shown(input.axes));
+  }
+  const auto& axis = std::get<std::string>(input.axes[index]);
+  const auto found = known.sizes.find(axis);
+  if (found != known.sizes.end()) {
+    if (found->second.first == size) return;
+    throw InputError(where + " (" + axis + ")" + is + ", but " + found->second.second + " has " + std::to_string(found->second.first) +
+                     "; they must agree");
+  }
+  const DimRange& allowed = range_of(axis);
+  if (size < allowed.min || size > allowed.max) {
+    throw InputError(where + " (" + axis + ")" + is + ", allowed " + std::to_string(allowed.min) + " to " + std::to_string(allowed.max) +
+                     "; " + advice_);
+  }
+  known.sizes[axis] = {size, input.name};
+}
+
+const DimRange& Contract::range_of(const std::string& axis) const {
+  return axis == "batch" ? dims_.batch : axis == "x_len" ? dims_.x_len : dims_.context_len;
+}
+
+Shape shape_at(const std::vector<Axis>& axes, const Sizes& sizes) {
+  Shape shape;
+  for (const Axis& axis : axes) {
+    const auto* name = std::get_if<std::string>(&axis);
+    shape.push_back(name ? size_of_axis(*name, sizes) : std::get<std::int64_t>(axis));
+  }
+  return shape;
+}
+
+}  // namespace bca

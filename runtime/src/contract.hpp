@@ -1,0 +1,49 @@
+// What a model takes, checked before the call, in the words of the Python package's contract.py.
+// tests/contract_cases.json is the table of refusals that both are held to.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bca/session.hpp"
+
+namespace bca {
+
+/// The named dimensions of one request.
+struct Sizes {
+  std::int64_t batch = 0, x_len = 0, context_len = 0;
+};
+
+/// A request as the model takes it: views in the model's order; `owned` keeps what was made for it.
+struct Ready {
+  std::vector<View> views;
+  std::vector<Tensor> owned;
+  Sizes sizes;
+};
+
+class Contract {
+ public:
+  /// `advice`: what to do where a size is refused; goes into the error.
+  Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice);
+
+  /// Throws InputError, naming the input, the axis, what it got, what is allowed and the way out.
+  Ready check(const Inputs& given, bool cast) const;
+
+ private:
+  struct Known;
+  const View* find(const Inputs& given, const std::string& name) const;
+  void check_names(const Inputs& given) const;
+  void check_shape(const TensorInfo& input, const Shape& shape, Known& known) const;
+  void check_size(const TensorInfo& input, std::size_t index, std::int64_t size, Known& known) const;
+  const DimRange& range_of(const std::string& axis) const;
+
+  std::vector<TensorInfo> inputs_;
+  std::vector<std::string> names_;
+  Dims dims_;
+  std::string advice_;
+};
+
+/// The shape that named axes have at these sizes.
+Shape shape_at(const std::vector<Axis>& axes, const Sizes& sizes);
+
+}  // namespace bca

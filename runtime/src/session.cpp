@@ -1,0 +1,132 @@
+#include "bca/session.hpp"
+
+#include <algorithm>
+
+#include "backends.hpp"
+#include "contract.hpp"
+#include "npy.hpp"
+#include "selftest.hpp"
+#include "text.hpp"
+
+namespace bca {
+namespace {
+
+constexpr const char* kAdvice = "cut the sequence into pieces, or export again with wider dims";
+
+std::vector<std::string> names_in(const OutputViews& outputs) {
+  std::vector<std::string> names;
+  for (const auto& [name, view] : outputs) names.push_back(name);
+  return names;
+}
+
+void check_output(const TensorInfo& tensor, const MutableView& view, const Shape& wanted) {
+  if (view.shape == wanted && view.dtype == tensor.dtype && view.data) return;
+  throw InputError("output " + tensor.name + " is " + text::shown(view.shape) + " " + name_of(view.dtype) + (view.data ? "" : " at null") +
+                   "; a writable, C-contiguous array of " + text::shown(wanted) + " " + name_of(tensor.dtype) + " is needed");
+}
+
+}  // namespace
+
+struct Session::State {
+  Bundle bundle;
+  std::unique_ptr<Runner> runner;
+  Explanation explanation;
+  Contract contract;
+
+  const RunnerInfo& info() const { return runner->info; }
+  void check_memory(Memory memory, const char* kind, const std::string& name) const;
+  Ready ready(const Inputs& inputs, const RunOptions& options) const;
+  std::vector<MutableView> in_order(const OutputViews& outputs, const Sizes& sizes) const;
+};
+
+void Session::State::check_memory(Memory memory, const char* kind, const std::string& name) const {
+  if (memory == Memory::Cpu || runner->on_gpu()) return;
+  throw InputError(std::string(kind) + " " + name + " is on cuda, and this session runs on " + name_of(info().backend) +
+                   ", which takes host memory; copy it, or open with an engine");
+}
+
+Ready Session::State::ready(const Inputs& inputs, const RunOptions& options) const {
+  for (const auto& [name, view] : inputs) check_memory(view.memory, "input", name);
+  if (options.stream && !runner->on_gpu()) {
+    throw InputError(std::string("a stream is given, and this session runs on ") + name_of(info().backend) + ", which has none; leave it out");
+  }
+  return contract.check(inputs, options.cast);
+}
+
+/// The caller's outputs in the model's order, every one of them and no other.
+std::vector<MutableView> Session::State::in_order(const OutputViews& outputs, const Sizes& sizes) const {
+  std::vector<MutableView> ordered;
+  std::vector<std::string> known;
+  for (const TensorInfo& tensor : info().outputs) {
+    known.push_back(tensor.name);
+    const auto found = std::find_if(outputs.begin(), outputs.end(), [&](const auto& given) { return given.first == tensor.name; });
+    if (found == outputs.end()) continue;
+    check_memory(found->second.memory, "output", tensor.name);
+    check_output(tensor, found->second, shape_at(tensor.axes, sizes));
+    ordered.push_back(found->second);
+  }
+  // Every name was looked up once: a name too many, unknown or given twice, shows in the count.
+  if (ordered.size() == known.size() && ordered.size() == outputs.size()) return ordered;
+  throw InputError("outputs " + text::join(names_in(outputs)) + " were given, and the model has " + text::join(known));
+}
+
+Session Session::open(const std::filesystem::path& path, const Options& options) {
+  if (options.threads < 0) {
+    throw InputError("threads is " + std::to_string(options.threads) + "; it must be at least 1, or 0 for every core");
+  }
+  Bundle bundle = open_bundle(path, options.verify);
+  auto [runner, explanation] = choose(bundle, options);
+  Contract contract(runner->info.inputs, runner->info.dims, kAdvice);
+  return Session(std::unique_ptr<State>(new State{std::move(bundle), std::move(runner), std::move(explanation), std::move(contract)}));
+}
+
+Outputs Session::run(const Inputs& inputs, const RunOptions& options) const {
+  const Ready ready = state_->ready(inputs, options);
+  Outputs outputs;
+  std::vector<MutableView> views;
+  for (const TensorInfo& tensor : state_->info().outputs) {
+    views.push_back(outputs.emplace(tensor.name, Tensor(tensor.dtype, shape_at(tensor.axes, ready.sizes))).first->second);
+  }
+  state_->runner->run(ready.views, views, options.stream);
+  return outputs;
+}
+
+void Session::run_into(const Inputs& inputs, const OutputViews& outputs, const RunOptions& options) const {
+  const Ready ready = state_->ready(inputs, options);
+  state_->runner->run(ready.views, state_->in_order(outputs, ready.sizes), options.stream);
+}
+
+void Session::warmup(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes) const {
+  const Dims& d = dims();
+  auto wanted = shapes;
+  if (wanted.empty()) wanted.emplace_back(d.batch.opt, d.x_len.opt, d.context_len.opt);
+  for (const auto& [batch, x_len, context_len] : wanted) {
+    std::vector<Tensor> zeros;
+    Inputs views;
+    for (const TensorInfo& tensor : inputs()) {
+      views.emplace_back(tensor.name, zeros.emplace_back(Tensor::zeros(tensor.dtype, shape_at(tensor.axes, {batch, x_len, context_len}))));
+    }
+    run(views);
+  }
+}
+
+void Session::selftest() const {
+  const auto arrays = npy::read_npz(state_->bundle.path("selftest.npz"));
+  const auto failures = selftest::failures(arrays, name_of(precision()), [this](const Inputs& inputs) { return run(inputs, {true, nullptr}); });
+  if (!failures.empty()) throw ParityError(text::join(failures, "; "));
+}
+
+const std::vector<TensorInfo>& Session::inputs() const { return state_->info().inputs; }
+const std::vector<TensorInfo>& Session::outputs() const { return state_->info().outputs; }
+const Dims& Session::dims() const { return state_->info().dims; }
+Backend Session::backend() const { return state_->info().backend; }
+Precision Session::precision() const { return state_->info().precision; }
+const Explanation& Session::explain() const { return state_->explanation; }
+std::string Session::describe() const { return to_json(*this); }
+
+Session::Session(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+}  // namespace bca

@@ -1,0 +1,134 @@
+// A bundle that is damaged, unsafe or too new does not open, and the message names what and why.
+#include "bundle.hpp"
+#include "sha256.hpp"
+#include "support.hpp"
+
+namespace {
+
+using bca::Verify;
+using support::BundleCopy;
+using support::message_of;
+
+std::string refused(const support::fs::path& path, Verify verify = Verify::Full) {
+  return message_of<bca::BundleError>([&] { bca::open_bundle(path, verify); });
+}
+
+TEST(Bundle, OfFormat1OpensWithItsModelsAndDims) {
+  const bca::Bundle bundle = bca::open_bundle(support::kFixture, Verify::Full);
+  ASSERT_EQ(bundle.manifest.models.size(), 1u);
+  const bca::ModelEntry& model = bundle.manifest.models[0];
+  EXPECT_EQ(model.file, "models/fp32.onnx");
+  EXPECT_EQ(model.precision, bca::Precision::Fp32);
+  ASSERT_EQ(model.inputs.size(), 4u);
+  EXPECT_EQ(model.inputs[2].dtype, bca::DType::Bool);
+  EXPECT_EQ(std::get<std::string>(model.inputs[0].axes[1]), "x_len");
+  EXPECT_EQ(std::get<std::int64_t>(model.inputs[0].axes[2]), 8);
+  EXPECT_EQ(bundle.manifest.dims.batch.max, 4);
+  EXPECT_EQ(bundle.path("models/fp32.onnx"), support::kFixture / "models/fp32.onnx");
+  EXPECT_HAS(message_of<bca::BundleError>([&] { bundle.path("nothing"); }), "the bundle has no nothing; it has expect.npz, ");
+}
+
+TEST(Bundle, AChangedByteIsFoundByItsHashUnlessHashesAreOff) {
+  const BundleCopy copy;
+  std::string model = copy.read("models/fp32.onnx");
+  model[model.size() / 2] ^= 1;
+  copy.write("models/fp32.onnx", model);
+  EXPECT_EQ(refused(copy.path), "models/fp32.onnx has changed since the export (its sha256 differs from the manifest's); export the bundle again");
+  EXPECT_EQ(refused(copy.path, Verify::Size), "no error");
+  EXPECT_EQ(refused(copy.path, Verify::Off), "no error");
+}
+
+TEST(Bundle, AnotherSizeIsFoundUnlessChecksAreOff) {
+  const BundleCopy copy;
+  const std::string model = copy.read("models/fp32.onnx");
+  copy.write("models/fp32.onnx", model + "x");
+  EXPECT_HAS(refused(copy.path, Verify::Size), "models/fp32.onnx has " + std::to_string(model.size() + 1) + " bytes, the manifest says " + std::to_string(model.size()));
+  EXPECT_EQ(refused(copy.path, Verify::Off), "no error");
+}
+
+TEST(Bundle, AMissingFileIsNamedWhateverIsChecked) {
+  const BundleCopy copy;
+  support::fs::remove(copy.path / "weights.safetensors");
+  for (const Verify verify : {Verify::Full, Verify::Size, Verify::Off}) {
+    EXPECT_HAS(refused(copy.path, verify), "weights.safetensors is missing from " + copy.path.string());
+  }
+}
+
+TEST(Bundle, UnsafeNamesAreRefused) {
+  for (const std::string name : {"../out", "/etc/passwd", "models/../../out", "a\\\\b", "a\\u0000b", "", "."}) {
+    const BundleCopy copy;
+    copy.replace("\"expect.npz\"", "\"" + name + "\"");
+    EXPECT_HAS(refused(copy.path, Verify::Off), "unsafe path") << name;
+  }
+}
+
+TEST(Bundle, ALinkThatLeadsOutIsRefusedAndOneInsideIsNot) {
+  const BundleCopy copy;
+  support::fs::rename(copy.path / "expect.npz", copy.path.parent_path() / "outside.npz");
+  support::fs::create_symlink(copy.path.parent_path() / "outside.npz", copy.path / "expect.npz");
+  EXPECT_HAS(refused(copy.path), "unsafe path 'expect.npz': it is a link that leads out of the bundle; do not use this bundle");
+  support::fs::remove(copy.path / "expect.npz");
+  support::fs::rename(copy.path.parent_path() / "outside.npz", copy.path / "models/kept.npz");
+  support::fs::create_symlink("models/kept.npz", copy.path / "expect.npz");
+  EXPECT_EQ(refused(copy.path), "no error");
+}
+
+TEST(Bundle, ADirectoryWithoutAManifestAndAnArchiveSayWhatToDo) {
+  const BundleCopy copy;
+  EXPECT_HAS(refused(copy.path / "models"), "is not a bundle: it has no manifest.json; make one with bca-export --out");
+  EXPECT_HAS(refused("/nowhere/at/all"), "is not a bundle");
+  EXPECT_HAS(refused(copy.path / "manifest.json"), "is a file, and this runtime opens directories; unpack it first: unzip");
+}
+
+TEST(Manifest, ANewerFormatIsRefusedAsNewer) {
+  const BundleCopy copy;
+  copy.replace("\"format\": 1", "\"format\": 2");
+  EXPECT_HAS(refused(copy.path), "is a bundle of format 2, newer than the formats this version reads (up to 1); upgrade");
+}
+
+struct Change {
+  const char *from, *to, *message;
+};
+
+TEST(Manifest, AWrongFieldIsNamedWithTheWayToIt) {
+  const Change changes[] = {
+      {"\"format\": 1", "\"format\": 0", "field format: Input should be 1"},
+      {"\"format\": 1", "\"format\": \"1\"", "field format: Input should be a valid integer"},
+      {"\"format\"", "\"fromat\"", "field format: Field required"},
+      {"\"dims\"", "\"dimms\"", "field dims: Field required"},
+      {"\"min\": 1", "\"min\": 3", "field dims.batch: needs 1 <= min <= opt <= max"},
+      {"\"min\": 1", "\"min\": 0", "field dims.batch.min: Input should be greater than or equal to 1"},
+      {"\"min\": 1", "\"min\": 18446744073709551615", "field dims.batch.min: Input should be a valid integer"},
+      {"\"min\": 1", "\"min\": 1.5", "field dims.batch.min: Input should be a valid integer"},
+      {"\"runtime\": \"portable\"", "\"runtime\": \"other\"", "field models.0.runtime: Input should be one of portable, onnxruntime-cpu"},
+      {"\"precision\": \"fp32\"", "\"precision\": \"fp8\"", "field models.0.precision: Input should be one of fp32, fp16, bf16"},
+      {"\"dtype\": \"float32\"", "\"dtype\": \"int8\"", "field models.0.inputs.0.dtype: Input should be one of"},
+      {"\"x_len\",\n            8", "\"x_lem\",\n            8", "field models.0.inputs.0.axes.1: Input should be one of batch, x_len, context_len"},
+      {"\"x_len\",\n            8", "\"x_len\",\n            -8", "field models.0.inputs.0.axes.2: Input should be greater than or equal to 1"},
+      {"\"models\": [", "\"models\": [], \"moddels\": [", "field models: List should have at least 1 item"},
+      {"\"engines\": []", "\"engines\": {}", "field engines: Input should be a valid list"},
+      {"\"sha256\": \"", "\"sha256\": \"z", "String should match pattern '^[0-9a-f]{64}$'"},
+      {"\"bytes\": ", "\"bytes\": -", "Input should be greater than or equal to 0"},
+      {"\"files\": {", "\"files\": [], \"others\": {", "field files: Input should be an object"},
+  };
+  for (const Change& change : changes) {
+    const BundleCopy copy;
+    copy.replace(change.from, change.to);
+    EXPECT_HAS(refused(copy.path), change.message) << change.to;
+    EXPECT_HAS(refused(copy.path), (copy.path / "manifest.json").string()) << change.to;
+  }
+}
+
+TEST(Manifest, WhatIsNotJsonIsSaidToBeNone) {
+  const BundleCopy copy;
+  for (const std::string text : {"", "{", "[1, 2", "\xff\xfe", "nul"}) {
+    copy.write("manifest.json", text);
+    EXPECT_HAS(refused(copy.path), "is not JSON") << text;
+  }
+  copy.write("manifest.json", "[]");
+  EXPECT_HAS(refused(copy.path), "field : Input should be an object");
+  copy.write("manifest.json", std::string(200'000, '['));  // depth without end
+  EXPECT_HAS(refused(copy.path), "is not JSON");
+}
+
+}  // namespace

@@ -1,0 +1,161 @@
+// The table of requests that Python and C++ are both held to, and what only C++ callers can get wrong.
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "cast.hpp"
+#include "contract.hpp"
+#include "support.hpp"
+
+namespace {
+
+using json = nlohmann::ordered_json;
+using support::message_of;
+
+const json& table() {
+  static const json parsed = json::parse(bca::bytes::read(support::kRepository / "tests/contract_cases.json"));
+  return parsed;
+}
+
+bca::DimRange range(const json& given) { return {given["min"], given["opt"], given["max"]}; }
+
+std::vector<bca::Axis> axes(const json& given) {
+  std::vector<bca::Axis> found;
+  for (const json& axis : given) {
+    found.push_back(axis.is_string() ? bca::Axis(axis.get<std::string>()) : bca::Axis(axis.get<std::int64_t>()));
+  }
+  return found;
+}
+
+std::vector<bca::TensorInfo> model(const std::string& name) {
+  std::vector<bca::TensorInfo> tensors;
+  for (const json& t : table()["models"][name]) tensors.push_back({t["name"], bca::dtype_of(t["dtype"]), axes(t["axes"])});
+  return tensors;
+}
+
+bca::Contract contract(const std::string& name) {
+  const json& dims = table()["dims"];
+  return {model(name), {range(dims["batch"]), range(dims["x_len"]), range(dims["context_len"])}, table()["advice"]};
+}
+
+template <typename T> void set_all(bca::Tensor& array, T value) {
+  for (std::size_t i = 0; i < array.count(); ++i) std::memcpy(static_cast<char*>(array.data()) + i * sizeof(T), &value, sizeof(T));
+}
+
+bca::Tensor array(const json& given) {
+  bca::Tensor made(bca::dtype_of(given.value("dtype", "float32")), given["shape"].get<bca::Shape>());
+  const double fill = given.value("fill", 1.0);
+  switch (made.dtype()) {
+    case bca::DType::Float32: set_all(made, static_cast<float>(fill)); break;
+    case bca::DType::Float64: set_all(made, fill); break;
+    case bca::DType::Float16: set_all(made, bca::half_of(fill)); break;
+    case bca::DType::BFloat16: set_all(made, bca::bfloat16_of(fill)); break;
+    case bca::DType::Int32: set_all(made, static_cast<std::int32_t>(fill)); break;
+    case bca::DType::Int64: set_all(made, static_cast<std::int64_t>(fill)); break;
+    default: set_all(made, static_cast<std::int8_t>(fill)); break;
+  }
+  return made;
+}
+
+class ContractTable : public testing::TestWithParam<std::size_t> {};
+
+TEST_P(ContractTable, TakesOrRefusesInTheTablesWords) {
+  const json& given = table()["cases"][GetParam()];
+  SCOPED_TRACE(given["case"].get<std::string>());
+  std::vector<bca::Tensor> arrays;
+  arrays.reserve(8);
+  bca::Inputs inputs;
+  for (const auto& [name, entry] : given["inputs"].items()) inputs.emplace_back(name, arrays.emplace_back(array(entry)));
+  const auto check = [&] { return contract(given["model"]).check(inputs, given.value("cast", false)); };
+  if (!given["error"].is_null()) {
+    EXPECT_EQ(message_of<bca::InputError>(check), given["error"].get<std::string>());
+    return;
+  }
+  const bca::Ready ready = check();
+  const auto tensors = model(given["model"]);
+  ASSERT_EQ(ready.views.size(), tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) EXPECT_EQ(ready.views[i].dtype, tensors[i].dtype);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, ContractTable, testing::Range<std::size_t>(0, table()["cases"].size()));
+
+bca::Tensor ones(const bca::Shape& shape) {
+  bca::Tensor made(bca::DType::Float32, shape);
+  set_all(made, 1.0f);
+  return made;
+}
+
+TEST(Contract, WhatFitsIsPassedOnWithoutACopyAndMasksLeftOutAreAllTrue) {
+  const bca::Tensor x = ones({2, 5, 24}), context = ones({2, 3, 16});
+  const bca::Ready ready = contract("masks").check({{"context", context}, {"x", x}}, false);
+  EXPECT_EQ(ready.views[0].data, x.data());
+  EXPECT_EQ(ready.views[1].data, context.data());
+  EXPECT_EQ(ready.views[2].shape, (bca::Shape{2, 5}));
+  EXPECT_EQ(ready.views[3].shape, (bca::Shape{2, 3}));
+  for (int mask : {2, 3}) {
+    for (std::size_t i = 0; i < bca::count_of(ready.views[mask].shape); ++i) EXPECT_TRUE(static_cast<const bool*>(ready.views[mask].data)[i]);
+  }
+}
+
+TEST(Contract, ANameGivenTwiceIsRefused) {
+  const bca::Tensor x = ones({2, 5, 24});
+  EXPECT_EQ(message_of<bca::InputError>([&] { contract("masks").check({{"x", x}, {"x", x}}, false); }), "input x is given twice");
+}
+
+TEST(Contract, ANullPointerIsRefused) {
+  const bca::View nothing(static_cast<const float*>(nullptr), {2, 5, 24});
+  EXPECT_HAS(message_of<bca::InputError>([&] { contract("masks").check({{"x", nothing}}, false); }), "input x has no memory: its pointer is null");
+}
+
+TEST(Contract, ABoolThatIsNeitherZeroNorOneIsRefused) {
+  const bca::Tensor x = ones({2, 5, 24}), context = ones({2, 3, 16});
+  bca::Tensor mask = bca::Tensor::zeros(bca::DType::Bool, {2, 5});
+  static_cast<unsigned char*>(mask.data())[7] = 255;
+  const auto check = [&] { contract("masks").check({{"x", x}, {"context", context}, {"mask", mask}}, false); };
+  EXPECT_EQ(message_of<bca::InputError>(check), "input mask: a bool is one byte of 0 or 1, and here is one of 255");
+}
+
+TEST(Contract, NegativeAndEndlessSizesAreRefused) {
+  const float one = 1;
+  const auto check = [&](bca::Shape shape, bool cast) {
+    const bca::View view(&one, bca::DType::Float32, std::move(shape));
+    return message_of<bca::InputError>([&] { contract(cast ? "half" : "masks").check({{"x", view}}, cast); });
+  };
+  EXPECT_HAS(check({2, -5, 24}, false), "input x: axis 1 (x_len) is -5, allowed 2 to 16");
+  EXPECT_HAS(check({2, -5, 24}, true), "has a negative size");
+  EXPECT_HAS(check({INT64_MAX, INT64_MAX, 24}, true), "more than memory can hold");
+}
+
+// Every float16 there is, through float64 and back; then the numbers half way between two of them.
+TEST(Cast, HalvesRoundToNearestEven) {
+  for (int bits = 0; bits < 0x7c00; ++bits) {
+    const auto half = static_cast<std::uint16_t>(bits);
+    ASSERT_EQ(bca::half_of(bca::from_half(half)), half);
+    ASSERT_EQ(bca::half_of(-bca::from_half(half)), half | 0x8000);
+    if (bits == 0x7bff) break;
+    const double middle = (bca::from_half(half) + bca::from_half(half + 1)) / 2;
+    ASSERT_EQ(bca::half_of(middle), bits % 2 ? half + 1 : half);
+    ASSERT_EQ(bca::half_of(std::nextafter(middle, INFINITY)), half + 1);
+    ASSERT_EQ(bca::half_of(std::nextafter(middle, 0)), half);
+  }
+  EXPECT_EQ(bca::half_of(65519), 0x7bff);
+  EXPECT_EQ(bca::half_of(65520), 0x7c00);
+  EXPECT_TRUE(std::isnan(bca::from_half(bca::half_of(NAN))));
+}
+
+TEST(Cast, BrainFloatsRoundToNearestEven) {
+  EXPECT_EQ(bca::bfloat16_of(1.0), 0x3f80);
+  EXPECT_EQ(bca::bfloat16_of(1.00390625), 0x3f80);   // half way, down to even
+  EXPECT_EQ(bca::bfloat16_of(1.01171875), 0x3f82);   // half way, up to even
+  EXPECT_EQ(bca::bfloat16_of(-2.5), 0xc020);
+  EXPECT_TRUE(std::isnan(bca::from_bfloat16(bca::bfloat16_of(NAN))));
+  EXPECT_EQ(bca::from_bfloat16(0x4049), 3.140625);
+}
+
+TEST(Names, UnknownOnesGetTheNearest) {
+  EXPECT_EQ(bca::backend_of("onnxruntime-cpu"), bca::Backend::OnnxRuntimeCpu);
+  EXPECT_EQ(message_of<bca::InputError>([] { bca::backend_of("tensort"); }),
+            "backend 'tensort' is not known (did you mean 'tensorrt'?); allowed: auto, tensorrt, rtx, onnxruntime-cuda, onnxruntime-cpu");
+  EXPECT_HAS(message_of<bca::InputError>([] { bca::dtype_of("flota32"); }), "(did you mean 'float32'?)");
+}
+
+}  // namespace

@@ -1,0 +1,207 @@
+// The session on ONNX Runtime, the real one in BCA_ORT_LIBRARY.
+#include <xmmintrin.h>
+
+#include <fstream>
+#include <thread>
+
+#include "bca/bca.h"
+#include "npy.hpp"
+#include "support.hpp"
+
+namespace {
+
+using bca::Options;
+using bca::Session;
+using support::message_of;
+using support::Pair;
+
+Options on_cpu(int threads = 1) {
+  Options options;
+  options.backend = bca::Backend::OnnxRuntimeCpu;
+  options.threads = threads;
+  return options;
+}
+
+/// Whether the calling thread takes denormals for zero.
+bool flushes() {
+  volatile float tiny = 1e-40f, one = 1;
+  return tiny * one == 0;
+}
+
+TEST(Session, HoldsTheBundlesOwnBounds) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  session.selftest();
+}
+
+TEST(Session, SaysWhatRunsAndWhatItTakes) {
+  const Session session = Session::open(support::kFixture);
+  EXPECT_EQ(session.backend(), bca::Backend::OnnxRuntimeCpu);
+  EXPECT_EQ(session.precision(), bca::Precision::Fp32);
+  EXPECT_HAS(session.explain().chosen, "onnxruntime-cpu: models/fp32.onnx on onnxruntime 1.");
+  ASSERT_EQ(session.explain().passed_over.size(), 3u);
+  EXPECT_EQ(session.explain().passed_over[0].first, "tensorrt");
+  EXPECT_HAS(session.explain().passed_over[0].second, "the bundle has no tensorrt engine; build one: bca build");
+  EXPECT_HAS(session.explain().passed_over[2].second, "this onnxruntime has no CUDA provider");
+  EXPECT_EQ(session.inputs().size(), 4u);
+  EXPECT_EQ(session.outputs()[1].name, "context_out");
+  EXPECT_EQ(session.dims().x_len.max, 16);
+  EXPECT_HAS(session.describe(), "\"backend\": \"onnxruntime-cpu\"");
+}
+
+TEST(Session, MasksLeftOutAreAllTrue) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const Pair pair(2, 5, 3, 1);
+  bca::Tensor mask(bca::DType::Bool, {2, 5}), context_mask(bca::DType::Bool, {2, 3});
+  std::fill_n(mask.data<bool>(), 10, true);
+  std::fill_n(context_mask.data<bool>(), 6, true);
+  const auto out = session.run(pair.inputs());
+  const auto full = session.run({{"x", pair.x}, {"context", pair.context}, {"mask", mask}, {"context_mask", context_mask}});
+  EXPECT_TRUE(support::same(out.at("out"), full.at("out")));
+  EXPECT_EQ(out.at("out").shape(), (bca::Shape{2, 5, 8}));
+  mask.data<bool>()[1] = false;
+  const auto masked = session.run({{"x", pair.x}, {"context", pair.context}, {"mask", mask}, {"context_mask", context_mask}});
+  EXPECT_FALSE(support::same(out.at("context_out"), masked.at("context_out")));
+}
+
+TEST(Session, RunIntoWritesTheCallersMemoryAndTheSameResults) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const Pair pair(2, 5, 3, 1);
+  std::vector<float> out(2 * 5 * 8), context_out(2 * 3 * 6);
+  session.run_into(pair.inputs(), {{"context_out", {context_out.data(), {2, 3, 6}}}, {"out", {out.data(), {2, 5, 8}}}});
+  const auto wanted = session.run(pair.inputs());
+  EXPECT_EQ(std::memcmp(out.data(), wanted.at("out").data(), out.size() * 4), 0);
+  EXPECT_EQ(std::memcmp(context_out.data(), wanted.at("context_out").data(), context_out.size() * 4), 0);
+}
+
+TEST(Session, OutputsThatDoNotFitAreRefused) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const Pair pair(2, 5, 3, 1);
+  bca::Tensor out(bca::DType::Float32, {2, 5, 8}), small(bca::DType::Float32, {2, 3, 5}), half(bca::DType::Float16, {2, 3, 6});
+  bca::Tensor right(bca::DType::Float32, {2, 3, 6});
+  const auto refused = [&](const bca::OutputViews& views) {
+    return message_of<bca::InputError>([&] { session.run_into(pair.inputs(), views); });
+  };
+  EXPECT_EQ(refused({{"out", out}}), "outputs out were given, and the model has out, context_out");
+  EXPECT_EQ(refused({{"out", out}, {"out", out}}), "outputs out, out were given, and the model has out, context_out");
+  EXPECT_EQ(refused({{"out", out}, {"context_out", right}, {"attn", right}}), "outputs out, context_out, attn were given, and the model has out, context_out");
+  EXPECT_EQ(refused({{"out", out}, {"context_out", small}}),
+            "output context_out is [2, 3, 5] float32; a writable, C-contiguous array of [2, 3, 6] float32 is needed");
+  EXPECT_HAS(refused({{"out", out}, {"context_out", half}}), "output context_out is [2, 3, 6] float16;");
+  EXPECT_HAS(refused({{"out", out}, {"context_out", {static_cast<float*>(nullptr), {2, 3, 6}}}}), "at null");
+}
+
+TEST(Session, GpuMemoryAndStreamsAreRefusedOnTheCpu) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const Pair pair(1, 2, 2, 1);
+  float one = 1;
+  const bca::View on_gpu(&one, bca::Shape{1, 2, 8}, bca::Memory::Cuda);
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.run({{"x", on_gpu}, {"context", pair.context}}); }),
+             "input x is on cuda, and this session runs on onnxruntime-cpu, which takes host memory");
+  bca::RunOptions options;
+  options.stream = &one;
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.run(pair.inputs(), options); }), "a stream is given, and this session runs on onnxruntime-cpu");
+}
+
+TEST(Session, CastTakesDoublesAndIntegerMasks) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const Pair pair(1, 4, 2, 1);
+  bca::Tensor wide(bca::DType::Float64, {1, 4, 8});
+  for (std::size_t i = 0; i < wide.count(); ++i) wide.data<double>()[i] = pair.x.data<float>()[i];
+  bca::Tensor mask(bca::DType::Int64, {1, 4});
+  std::fill_n(mask.data<std::int64_t>(), 4, 1);
+  const bca::Inputs inputs = {{"x", wide}, {"context", pair.context}, {"mask", mask}};
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.run(inputs); }), "input x has dtype float64, and needs float32; cast=True converts it");
+  bca::RunOptions cast;
+  cast.cast = true;
+  EXPECT_TRUE(support::same(session.run(inputs, cast).at("out"), session.run(pair.inputs()).at("out")));
+}
+
+TEST(Session, WarmupRunsTheOptimalSizesOrThoseGiven) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  session.warmup();
+  session.warmup({{1, 2, 3}, {4, 16, 16}});
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.warmup({{1, 17, 3}}); }), "input x: axis 1 (x_len) is 17, allowed 1 to 16; cut the sequence into pieces");
+}
+
+TEST(Session, OpeningAndRunningLeaveTheCallersFloatingPointModeAlone) {
+  ASSERT_FALSE(flushes());
+  const Session session = Session::open(support::kFixture, on_cpu(2));
+  EXPECT_FALSE(flushes());
+  const Pair pair(4, 16, 16, 1);
+  session.run(pair.inputs());
+  EXPECT_FALSE(flushes());
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.run({}); }), "input x is missing");
+  EXPECT_FALSE(flushes());
+  bool inherited = true;
+  std::thread([&] { inherited = flushes(); }).join();
+  EXPECT_FALSE(inherited);
+}
+
+TEST(Session, ACallerThatFlushesAlreadyGoesOnFlushing) {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 1u << 15 | 1u << 6);
+  const Session session = Session::open(support::kFixture, on_cpu());
+  session.run(Pair(1, 2, 2, 1).inputs());
+  EXPECT_TRUE(flushes());
+  _mm_setcsr(before);
+}
+
+TEST(Session, ANamedBackendNeverFallsBack) {
+  Options options;
+  options.backend = bca::Backend::TensorRT;
+  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "the bundle has no tensorrt engine");
+  options.backend = bca::Backend::Rtx;
+  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "the bundle has no rtx engine");
+  options.backend = bca::Backend::OnnxRuntimeCuda;
+  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "this onnxruntime has no CUDA provider");
+}
+
+TEST(Session, PrecisionsThatAreNotThereAreRefused) {
+  Options options = on_cpu();
+  options.precision = bca::Precision::Bf16;
+  EXPECT_EQ(message_of<bca::InputError>([&] { Session::open(support::kFixture, options); }),
+            "onnxruntime has no bfloat16 products on the CPU; open with precision='fp32' or 'fp16', or on a GPU");
+  options.precision = bca::Precision::Fp16;
+  EXPECT_EQ(message_of<bca::InputError>([&] { Session::open(support::kFixture, options); }),
+            "precision fp16 is not in the bundle, which has fp32; export it with --precision fp16");
+}
+
+TEST(Session, ALibraryThatIsNotThereOrIsAnotherIsNamed) {
+  Options options = on_cpu();
+  options.onnxruntime_library = "/nowhere/libonnxruntime.so";
+  EXPECT_HAS(message_of<bca::MissingDependencyError>([&] { Session::open(support::kFixture, options); }), "onnxruntime does not load (/nowhere/libonnxruntime.so: ");
+  options.onnxruntime_library = "libz.so.1";
+  EXPECT_HAS(message_of<bca::MissingDependencyError>([&] { Session::open(support::kFixture, options); }), "it has no OrtGetApiBase");
+  options.backend = bca::Backend::Auto;
+  EXPECT_HAS(message_of<bca::Error>([&] { Session::open(support::kFixture, options); }), "nothing here runs this bundle: tensorrt: ");
+}
+
+TEST(Session, AModelThatOnnxruntimeCannotReadIsABundleError) {
+  const support::BundleCopy copy;
+  copy.write("models/fp32.onnx", "no model");
+  Options options = on_cpu();
+  options.verify = bca::Verify::Off;
+  EXPECT_HAS(message_of<bca::BundleError>([&] { Session::open(copy.path, options); }), "onnxruntime does not open " + copy.path.string());
+}
+
+TEST(Session, ABundleOutOfItsBoundsFailsTheSelftest) {
+  const support::BundleCopy copy;
+  std::string arrays = copy.read("selftest.npz");
+  const std::string name = "fp32/no-mask/bound/out.npy";
+  ASSERT_NE(arrays.find(name), std::string::npos);
+  // Tell the reader another precision's name, so that none is left of this model's.
+  for (std::size_t at; (at = arrays.find("fp32/")) != std::string::npos;) arrays.replace(at, 4, "fp64");
+  copy.write("selftest.npz", arrays);
+  Options options = on_cpu();
+  options.verify = bca::Verify::Off;
+  EXPECT_EQ(message_of<bca::ParityError>([&] { Session::open(copy.path, options).selftest(); }), "self-test: no case of precision fp32, so nothing is proven");
+}
+
+TEST(Session, MovesAndEndsOnce) {
+  Session first = Session::open(support::kFixture, on_cpu());
+  Session second = std::move(first);
+  first = Session::open(support::kFixture, on_cpu());
+  EXPECT_TRUE(support::same(first.run(Pair(1, 2, 2, 1).inputs()).at("out"), second.run(Pair(1, 2, 2, 1).inputs()).at("out")));
+}
+
+}  // namespace

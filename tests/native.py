@@ -1,0 +1,84 @@
+"""Building runtime/ for the tests and the benchmark: a directory for each preset, built again only where something changed."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SDK = Path(sys.prefix) / "sdk"
+BUILD = ROOT / "build" / "runtime"
+
+#: What a part of the tests needs: programs by name, files by path.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "library": (
+        "g++",
+        "/usr/include/nlohmann/json.hpp",
+        "/usr/include/zlib.h",
+        "/usr/include/gtest/gtest.h",
+        "/usr/include/grpcpp/grpcpp.h",
+        "/usr/include/google/protobuf/message.h",
+        "grpc_cpp_plugin",
+        "pkg-config",
+        f"{SDK}/onnxruntime/include/onnxruntime_c_api.h",
+        f"{SDK}/tensorrt/include/NvInferRuntime.h",
+        f"{SDK}/cuda/include/cuda_runtime_api.h",
+    ),
+    "clang": ("clang++",),
+}
+
+
+def missing(*parts: str) -> list[str]:
+    """Return what this machine lacks for these parts."""
+    wanted = [need for part in parts for need in NEEDS[part]]
+    return [need for need in wanted if not (Path(need).exists() if need.startswith("/") else shutil.which(need))]
+
+
+def ort_library() -> Path:
+    """Return the library of the installed onnxruntime."""
+    spec = find_spec("onnxruntime")
+    assert spec
+    assert spec.origin
+    return next((Path(spec.origin).parent / "capi").glob("libonnxruntime.so*"))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment in which the presets find everything, and the programs their onnxruntime."""
+    roots = {
+        f"{name}_ROOT": str(SDK / place) for name, place in (("ORT", "onnxruntime"), ("TENSORRT", "tensorrt"), ("CUDA", "cuda"))
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | roots | {"PATH": path, "BCA_ORT_LIBRARY": str(ort_library())} | more
+
+
+def run(command: list[str | Path], cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run in that environment; the exit code is the caller's to judge."""
+    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, check=False)
+
+
+def passed(command: list[str | Path], cwd: Path = ROOT, **more: str) -> str:
+    """Run what must succeed, and return what it printed."""
+    done = run(command, cwd, **more)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def build(preset: str) -> Path:
+    """Build a preset and return its directory; one process at a time, for tests run in several."""
+    with _locked(preset):
+        passed(["cmake", "--preset", preset], ROOT / "runtime")
+        passed(["cmake", "--build", "--preset", preset], ROOT / "runtime")
+    return BUILD / preset
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

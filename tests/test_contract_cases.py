@@ -1,0 +1,40 @@
+"""The table of requests that the Python and the C++ runtime are both held to: tests/contract_cases.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
+import numpy as np
+import pytest
+
+from bca_deploy.contract import Contract
+from bca_deploy.errors import InputError
+from bca_deploy.manifest import TensorEntry
+from bca_deploy.spec import DimRange, Dims
+
+TABLE = json.loads((Path(__file__).parent / "contract_cases.json").read_text(encoding="utf-8"))
+DIMS = Dims(**{name: DimRange(**sizes) for name, sizes in TABLE["dims"].items()})
+
+
+def array(given: dict[str, Any]) -> np.ndarray:
+    return np.full(given["shape"], given.get("fill", 1), given.get("dtype", "float32"))
+
+
+@pytest.mark.parametrize("case", TABLE["cases"], ids=lambda case: case["case"])
+def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
+    tensors = [TensorEntry.model_validate(tensor) for tensor in TABLE["models"][case["model"]]]
+    contract = Contract(tensors, DIMS, TABLE["advice"])
+    given = {name: array(entry) for name, entry in case["inputs"].items()}
+    if case["error"] is None:
+        ready = contract.check(contract.bind((), given), case.get("cast", False))
+        assert {name: value.dtype.name for name, value in ready.items()} == {t.name: t.dtype for t in tensors}
+        return
+    with pytest.raises(InputError) as error:
+        contract.check(contract.bind((), given), case.get("cast", False))
+    assert str(error.value) == case["error"]
+
+
+def test_the_table_has_no_case_twice() -> None:
+    names = [case["case"] for case in TABLE["cases"]]
+    assert len(names) == len(set(names)) > 40
