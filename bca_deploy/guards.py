@@ -21,10 +21,11 @@ from bca_deploy.errors import InputError
 access = logging.getLogger("bca_deploy.access")
 _log = logging.getLogger("bca_deploy.serve")
 
+#: gRPC sends messages in headers, which hold little; a client's own names may be long.
+_LONGEST_MESSAGE = 1000
 #: Probes ask without a token.
 _OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 _OPEN_METHODS = ("ServerLive", "ServerReady")
-
 
 #: What an error means to HTTP and to gRPC. A missing text is the error's own.
 _VERDICTS: tuple[tuple[type[Exception], int, StatusCode, str | None], ...] = (
@@ -43,7 +44,8 @@ def _verdict(error: Exception) -> tuple[int, StatusCode, str]:
     if isinstance(error, HTTPException):
         return error.status_code, StatusCode.UNKNOWN, error.detail
     http, grpc, text = next(rest for kind, *rest in _VERDICTS if isinstance(error, kind))
-    return http, grpc, text or getattr(error, "reason", str(error))  # KServe's keep their text there
+    text = text or getattr(error, "reason", str(error))  # KServe's keep their text there
+    return http, grpc, text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
 
 class Guard:

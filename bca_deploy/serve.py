@@ -108,9 +108,11 @@ def _check_tls(tls: tuple[Path, Path] | None) -> None:
     if tls is None:
         return
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*tls)
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*tls, password="")  # never asks the terminal
     except ssl.SSLError as error:
-        raise InputError(f"{tls[0]} and {tls[1]} are no certificate and its key ({error.reason}); give both as PEM") from error
+        raise InputError(
+            f"{tls[0]} and {tls[1]} are no certificate and its key ({error.reason}); give both as PEM, without a password"
+        ) from error
 
 
 def read_token(file: Path | None) -> str | None:
@@ -195,6 +197,7 @@ def _rest(endpoints: Any, guard: Any, options: Options) -> Any:
         log_config=None,
         access_log=False,  # guards.py writes one for both protocols
         lifespan="off",
+        ws="none",
         limit_concurrency=1024,
         timeout_graceful_shutdown=math.ceil(options.grace_s),
         ssl_certfile=options.tls[0] if options.tls else None,
@@ -210,8 +213,7 @@ async def _start_grpc(servicer: Any, guard: Any, options: Options, max_bytes: in
     channel = [("grpc.max_receive_message_length", max_bytes), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(interceptors=(guard,), options=channel)
     add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"{host}:{options.grpc_port}"
+    address = f"{_in_url(options.host)}:{options.grpc_port}"
     try:
         port = _listen(server, address, options.tls)
     except RuntimeError as error:
@@ -229,9 +231,13 @@ def _listen(server: Any, address: str, tls: tuple[Path, Path] | None) -> int:
     return int(server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)])))
 
 
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def _announce(session: Session, options: Options, http_port: int, grpc_port: int) -> None:
-    host, s = options.host, "s" if options.tls else ""
-    if options.token is None and host not in ("127.0.0.1", "::1", "localhost"):
+    host, s = _in_url(options.host), "s" if options.tls else ""
+    if options.token is None and host not in ("127.0.0.1", "[::1]", "localhost"):
         _log.warning("%s is open to the network without a token; set %s or --token-file", host, TOKEN_VARIABLE)
     print(  # noqa: T201
         f"serving {options.name} on http{s}://{host}:{http_port} and grpc{s}://{host}:{grpc_port}: {session.explain()}",

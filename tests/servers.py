@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import native
 import pytest
 
 BCA = (sys.executable, "-c", "from bca_deploy.cli import main; main()")
@@ -66,7 +68,27 @@ def bca_serve(bundle: Path, log: Path, *options: str, env: dict[str, str] | None
         process.stdout and process.stdout.close()
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> None:
+@contextlib.contextmanager
+def cpp_serve(bundle: Path, log: Path) -> Iterator[Server]:
+    """The example server of runtime/, built for users, with the model `bca`; skips where it cannot be built."""
+    if lacking := native.missing("library"):
+        pytest.skip(f"runtime/ is not built without {', '.join(lacking)}; make setup as root installs it, or says the command")
+    program = native.build("release") / "examples" / "grpc_server"
+    command: list[str | Path] = [program, bundle, "--address", "127.0.0.1:0", "--name", "bca"]
+    with log.open("ab") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=native.environment())
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode()
+        found = re.match(r"listening on port (\d+), model bca", line)
+        assert found is not None, f"{line}\n{log.read_text(encoding='utf-8')}"
+        yield Server(process, "", f"127.0.0.1:{found[1]}", log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait for what another process does; fails when it does not."""
     end = time.monotonic() + seconds
     while not true():
@@ -96,9 +118,13 @@ def _tritonserver(log: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+    """Ports below those that the system gives to other sockets, so that they are still free when a server binds them."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(15_000, 32_000)  # noqa: S311  (no secret)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+    return found
 
 
 @contextlib.contextmanager

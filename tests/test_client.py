@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from servers import Server, free_ports
+from servers import Server, cpp_serve, free_ports
 from test_session import make
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -25,7 +25,13 @@ from bca_deploy.errors import InputError, MissingDependencyError, ServerError
 from bca_deploy.session import Session
 
 #: Fixtures of running servers; each speaks the Open Inference Protocol over gRPC and has the model `bca`.
-SERVERS = ("served", "triton")
+SERVERS = ("served", "triton", pytest.param("cpp_server", marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="module")
+def cpp_server(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with cpp_serve(exported.directory, tmp_path_factory.mktemp("cpp") / "log") as server:
+        yield server
 
 
 @pytest.fixture(params=SERVERS)
@@ -180,8 +186,9 @@ def flaky(failures: int) -> Iterator[tuple[Flaky, str]]:
         server.stop(None).wait()
 
 
-def test_an_unavailable_server_is_asked_again_as_often_as_allowed() -> None:
-    x = make(1, 4, 3)["x"]
+@pytest.mark.parametrize("length", [4, 20_000], ids=["small", "above what gRPC keeps of its own accord"])
+def test_an_unavailable_server_is_asked_again_as_often_as_allowed(length: int) -> None:
+    x = make(1, length, 3)["x"]
     with flaky(failures=2) as (server, url), RemoteSession(url, attempts=3) as remote:
         (out,) = remote(x)
         assert np.array_equal(out, x)

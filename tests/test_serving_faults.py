@@ -70,13 +70,25 @@ def test_a_request_that_does_not_get_its_turn_in_time_is_given_up(
     exported: Bundle, slow_request: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     body, headers = request(slow_request)
-    with bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "0.05", "--max-batch", "1") as server:
-        assert server.post(INFER, content=body, headers=headers).status_code == 504
-        with RemoteSession(f"grpc://{server.grpc}") as remote:
-            with pytest.raises(ServerError, match="not answered before the server's deadline"):
-                remote.run(slow_request)
-            until(lambda: metrics(server)["bca_queue_depth"] == 0)
-            until(lambda: len(quietly(remote, make(1, 4, 3))) == 2)
+    with (
+        bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "0.05", "--max-batch", "1") as server,
+        RemoteSession(f"grpc://{server.grpc}") as remote,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def statuses() -> list[int]:
+            calls = [pool.submit(server.post, INFER, content=body, headers=headers) for _ in range(4)]
+            return [call.result().status_code for call in calls]
+
+        def errors() -> str:
+            calls = [pool.submit(remote.run, slow_request) for _ in range(4)]
+            return " ".join(str(call.exception()) for call in calls)
+
+        # Whoever comes late on a busy machine is refused for the body's arrival, and on a fast one the first is answered.
+        until(lambda: 504 in statuses())
+        until(lambda: "not answered before the server's deadline" in errors())
+        until(lambda: metrics(server)["bca_queue_depth"] == 0)
+        until(lambda: len(quietly(remote, make(1, 4, 3))) == 2)
 
 
 def quietly(remote: RemoteSession, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def head(length: int) -> bytes:
 
 
 def test_a_client_that_sends_slowly_is_cut_off_and_blocks_nobody(exported: Bundle, tmp_path: Path) -> None:
-    with bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "1.5") as server:
+    with bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "3") as server:
         with contextlib.ExitStack() as stack:
             slow = [stack.enter_context(connected(server)) for _ in range(20)]
             for client in slow:
@@ -112,7 +124,7 @@ def test_a_client_that_sends_slowly_is_cut_off_and_blocks_nobody(exported: Bundl
             body, headers = request(make(1, 4, 3))
             began = time.monotonic()
             assert server.post(INFER, content=body, headers=headers).status_code == 200
-            assert time.monotonic() - began < 1.4, "it had to wait for the slow ones"
+            assert time.monotonic() - began < 2.5, "it had to wait for the slow ones"
             for client in slow:
                 assert b" 408 " in client.recv(100).split(b"\r\n")[0]
         assert server.post(INFER, content=body, headers=headers).status_code == 200
@@ -144,14 +156,18 @@ def test_a_body_that_breaks_off_is_no_request_and_the_next_one_works(served: Ser
 
 
 def in_flight(server: Server, inputs: dict[str, np.ndarray], pool: ThreadPoolExecutor) -> "tuple[Future[Any], Future[Any]]":
-    """A REST and a gRPC request that the model works on or that wait for it."""
+    """The server's first REST and gRPC requests; the model works on them, or they wait for it."""
     body, headers = request(inputs)
     remote = RemoteSession(f"grpc://{server.grpc}")
     assert remote.inputs  # the connection is there
     calls = pool.submit(server.post, INFER, content=body, headers=headers), pool.submit(remote.run, inputs)
-    before = metrics(server)["bca_batch_size_count"]
-    until(lambda: metrics(server)["bca_batch_size_count"] > before or all(call.done() for call in calls))
+    until(lambda: arrived(server) == 2)
     return calls
+
+
+def arrived(server: Server) -> float:
+    found = metrics(server)
+    return found["bca_batch_size_sum"] + found["bca_queue_depth"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
