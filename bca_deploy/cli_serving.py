@@ -1,6 +1,7 @@
 """`bca serve` and `bca package`. Heavy imports wait until a command runs."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,6 +50,7 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
         from bca_deploy.batching import Limits
         from bca_deploy.serve import Options, read_token, serve
 
+        _check_name(name)
         _log_to_stderr(access_log)
         options = Options(
             host=host,
@@ -63,6 +65,12 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
             tls=_pair(tls_cert, tls_key),
         )
         serve(bundle, options, backend, precision=precision, threads=threads)
+
+
+def _check_name(name: str) -> None:
+    """It becomes part of URLs and of paths."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise InputError(f"--name {name!r}: give letters, digits, '_', '.' and '-', beginning with a letter or digit")
 
 
 def _pair(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
@@ -116,6 +124,7 @@ def package_command(  # noqa: PLR0913  (one parameter per option)
 
         if not (triton or kserve or docker):
             raise InputError("give --triton DIRECTORY, --kserve FILE or --docker FILE; more than one is fine")
+        _check_name(name)
         for file in (kserve, docker):
             _check_free(file, force)
         with Bundle.open(bundle) as opened:

@@ -1,6 +1,7 @@
 """What a cluster needs to run a bundle: the InferenceService for KServe, and a Dockerfile for `bca serve`."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def inference_service(options: Options) -> dict[str, Any]:
     """Return the InferenceService: Triton under KServe, gRPC, on plain Deployments.
 
     Raises:
-        InputError: fewer than one replica, or more at least than at most.
+        InputError: fewer than one replica, more at least than at most, or a name that Kubernetes does not take.
     """
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", options.name):
+        raise InputError(f"name {options.name!r}: Kubernetes takes lower-case letters, digits and '-', at most 63; use --name")
     fewest, most = options.replicas
     if not 1 <= fewest <= most:
         raise InputError(f"replicas {fewest} to {most}: at least 1, and the first number not above the second")

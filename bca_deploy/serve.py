@@ -210,7 +210,8 @@ async def _start_grpc(servicer: Any, guard: Any, options: Options, max_bytes: in
     import grpc
     from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
-    channel = [("grpc.max_receive_message_length", max_bytes), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+    most = min(max_bytes, 2**31 - 1)  # protobuf holds no more
+    channel = [("grpc.max_receive_message_length", most), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(interceptors=(guard,), options=channel)
     add_GRPCInferenceServiceServicer_to_server(servicer, server)
     address = f"{_in_url(options.host)}:{options.grpc_port}"

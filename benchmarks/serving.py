@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from attention import BUNDLE, make_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # servers.py starts and stops what is measured here
-BUNDLE = ROOT / "build" / "bench" / "fused"
 #: What calls the server, from how many threads, and the server's own options.
 PHASES = (
     ("grpc", 1, ()),
@@ -196,8 +196,7 @@ def main() -> None:
     if options.generate:
         print(json.dumps(generate(options.generate, options.clients, options.seconds, options.address)))
         return
-    if not BUNDLE.exists():
-        subprocess.run([sys.executable, "-m", "bca_deploy.cli", "export", "--out", str(BUNDLE), "--force"], check=True)
+    make_bundle()
     results = measure(options.seconds)
     triton = ragged_on_triton() if sys.version_info < (3, 13) else None
     show(results, triton)

@@ -51,9 +51,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def bca_serve(bundle: Path, log: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def bca_serve(
+    bundle: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = BCA
+) -> Iterator[Server]:
     """`bca serve` as its own process; leaving the context kills what is left of it."""
-    command = [*BCA, "serve", str(bundle), "--http-port", "0", "--grpc-port", "0", *options]
+    command = [*program, "serve", str(bundle), "--http-port", "0", "--grpc-port", "0", *options]
     with log.open("ab") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | (env or {}))
     try:

@@ -15,6 +15,7 @@ from test_session import bca
 
 from bca_deploy import __version__, cluster
 from bca_deploy.bundle import Bundle
+from bca_deploy.errors import InputError
 
 
 def unknown_fields(service: dict[str, Any]) -> list[str]:
@@ -100,6 +101,21 @@ def test_replicas_that_cannot_be_are_refused(exported: Bundle, tmp_path: Path, r
     assert done.exit_code == 2
     assert "replicas" in done.output
     assert not (tmp_path / "s.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["Fusion", "fusion_1", "1st", "-a", "a" * 64])
+def test_a_name_that_kubernetes_does_not_take_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="Kubernetes takes lower-case letters"):
+        cluster.inference_service(cluster.Options(name))
+
+
+@pytest.mark.parametrize("name", ["../fusion", "a/b", "", ".", "two words", "tür"])
+def test_a_name_that_is_no_part_of_a_path_or_url_is_refused(exported: Bundle, tmp_path: Path, name: str) -> None:
+    for arguments in (["package", exported.directory, "--triton", tmp_path / "models"], ["serve", exported.directory]):
+        done = bca(*arguments, "--name", name)
+        assert done.exit_code == 2
+        assert "give letters, digits, '_', '.' and '-'" in done.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_replaced_only_by_force(exported: Bundle, tmp_path: Path) -> None:

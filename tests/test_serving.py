@@ -257,6 +257,11 @@ def test_a_body_over_the_limit_is_refused_without_being_read(small: Server) -> N
         assert len(remote.run(make(1, 4, 3))) == 2
 
 
+def test_a_body_limit_beyond_what_protobuf_holds_is_fine(exported: Bundle, tmp_path: Path) -> None:
+    with bca_serve(exported.directory, tmp_path / "log", "--max-body-mib", "4096") as server:
+        assert len(by_grpc(server, make(1, 4, 3))) == 2
+
+
 @pytest.mark.parametrize("token", [None, "x", "open", "open-sesame-2", "öpen"])
 def test_without_the_right_token_only_the_probes_answer(small: Server, token: str | None) -> None:
     headers = {} if token is None else {"Authorization": f"Bearer {token}".encode()}

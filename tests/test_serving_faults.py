@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from servers import Server, bca_serve, free_ports, until
+from servers import BCA, Server, bca_serve, free_ports, until
 from test_serving import INFER, metrics, request
 from test_session import make
 from tritonclient.grpc import service_pb2 as pb
@@ -168,6 +168,22 @@ def in_flight(server: Server, inputs: dict[str, np.ndarray], pool: ThreadPoolExe
 def arrived(server: Server) -> float:
     found = metrics(server)
     return found["bca_batch_size_sum"] + found["bca_queue_depth"]
+
+
+def test_a_model_that_fails_is_500_with_the_reason_in_the_log_alone(exported: Bundle, tmp_path: Path) -> None:
+    broken = "from bca_deploy import session; session.Session.run_many = lambda *_: 1 / 0; "
+    program = (*BCA[:2], broken + BCA[2])
+    body, headers = request(make(1, 4, 3))
+    with bca_serve(exported.directory, tmp_path / "log", program=program) as server:
+        answer = server.post(INFER, content=body, headers=headers)
+        assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log says why"})
+        with (
+            RemoteSession(f"grpc://{server.grpc}") as remote,
+            pytest.raises(ServerError, match="INTERNAL: the server failed; its log says why"),
+        ):
+            remote.run(make(1, 4, 3))
+        assert server.log.read_text(encoding="utf-8").count("ZeroDivisionError: division by zero") >= 2
+        assert server.get("/v2/health/ready").status_code == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
