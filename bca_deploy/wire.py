@@ -5,7 +5,7 @@ twice. Requires numpy alone.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,8 @@ def from_grpc(message: Any) -> Request:
     Raises:
         InputError: sizes, bytes or names that do not add up.
     """
+    for tensor in (*message.inputs, *message.outputs):
+        refuse_shared_memory(tensor.name, tensor.parameters)
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise InputError(f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs; give one for each, in order")
@@ -103,6 +105,16 @@ def from_grpc(message: Any) -> Request:
             array = from_values(tensor.name, dtype, tensor.shape, _contents(tensor))
         add(inputs, tensor.name, array)
     return Request(inputs, outputs_of((o.name, True) for o in message.outputs), message.id, cast=_flag(message.parameters))
+
+
+def refuse_shared_memory(name: str, parameters: Container[str]) -> None:
+    """Refuse a tensor that is to be found, or left, where this server does not look; an answer as bytes would not be seen.
+
+    Raises:
+        InputError: it is one.
+    """
+    if "shared_memory_region" in parameters:
+        raise InputError(f"{name} is in shared memory, which this server does not use; send it, and take it, as bytes")
 
 
 def _flag(parameters: Any) -> bool:

@@ -14,6 +14,7 @@ class _Parameters(BaseModel):
     binary_data: StrictBool | None = None
     binary_data_output: StrictBool = False
     cast: StrictBool = False
+    shared_memory_region: Any = None
 
 
 class _Tensor(BaseModel):
@@ -44,6 +45,9 @@ def from_rest(body: bytes, header_length: str | None) -> wire.Request:
     """
     length = _header_length(header_length, len(body))
     parsed, binary = _parse(body[:length]), memoryview(body)[length:]
+    both: list[_Tensor | _Output] = [*parsed.inputs, *parsed.outputs]
+    for named in both:
+        wire.refuse_shared_memory(named.name, named.parameters.model_fields_set)
     inputs: dict[str, wire.Array] = {}
     for tensor in parsed.inputs:
         array, binary = _from_rest(tensor, binary)

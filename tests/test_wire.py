@@ -169,6 +169,24 @@ def test_inputs_and_outputs_given_twice_are_refused() -> None:
         wire.from_grpc(message)
 
 
+def test_shared_memory_is_refused_instead_of_being_passed_over() -> None:
+    region = {"shared_memory_region": "r", "shared_memory_byte_size": 96}
+    with pytest.raises(
+        InputError, match="x is in shared memory, which this server does not use; send it, and take it, as bytes"
+    ):
+        rest(entry("x", X, parameters=region), binary=X.tobytes())
+    with pytest.raises(InputError, match="out is in shared memory"):
+        rest(entry("x", X), binary=X.tobytes(), outputs=[{"name": "out", "parameters": region}])
+    message = grpc("x", "FP32", [1], b"\0\0\0\0")
+    message.outputs.add(name="out").parameters["shared_memory_region"].string_param = "r"
+    with pytest.raises(InputError, match="out is in shared memory"):
+        wire.from_grpc(message)
+    del message.outputs[:]
+    message.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    with pytest.raises(InputError, match="x is in shared memory"):
+        wire.from_grpc(message)
+
+
 def test_bytes_after_the_last_tensor_are_refused() -> None:
     with pytest.raises(InputError, match="5 bytes are left over after the last binary tensor"):
         rest(entry("x", X), binary=X.tobytes() + b"extra")
