@@ -113,7 +113,7 @@ Enum find_name(const char* what, const std::string& name, const char* const (&na
   std::vector<std::string> known(names, names + N);
   const auto at = std::find(known.begin(), known.end(), name);
   if (at != known.end()) return static_cast<Enum>(at - known.begin());
-  throw InputError(std::string(what) + " '" + name + "' is not known" + text::nearest(name, known) + "; allowed: " + text::join(known));
+  throw InputError(std::string(what) + " " + text::quoted(name) + " is not known" + text::nearest(name, known) + "; allowed: " + text::join(known));
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ const View* Contract::find(const Inputs& given, const std::string& name) const {
 void Contract::check_names(const Inputs& given) const {
   for (const auto& [name, view] : given) {
     if (std::find(names_.begin(), names_.end(), name) == names_.end()) {
-      throw InputError("the model has no input '" + name + "'" + text::nearest(name, names_) + "; it takes " + text::join(names_));
+      throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_));
     }
     if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
     if (!view.data) throw InputError("input " + name + " has no memory: its pointer is null; leave a mask out instead");

@@ -25,6 +25,19 @@ double ratio(const std::string& a, const std::string& b) {
   return a.empty() && b.empty() ? 1.0 : 2.0 * static_cast<double>(matching(a, b)) / static_cast<double>(a.size() + b.size());
 }
 
+/// A character of a Python string between such quotes.
+std::string escaped(char c, char quote) {
+  const auto byte = static_cast<unsigned char>(c);
+  if (c == quote || c == '\\') return {'\\', c};
+  if (c == '\n') return "\\n";
+  if (c == '\r') return "\\r";
+  if (c == '\t') return "\\t";
+  if (byte >= 32 && byte != 127) return {c};
+  char buffer[8];
+  std::snprintf(buffer, sizeof buffer, "\\x%02x", byte);
+  return buffer;
+}
+
 }  // namespace
 
 std::string join(const std::vector<std::string>& parts, const char* between) {
@@ -68,14 +81,10 @@ std::string number(double value) {
 }
 
 std::string quoted(const std::string& text) {
-  std::string shown = "'";
-  for (const char c : text) {
-    char buffer[8];
-    const auto byte = static_cast<unsigned char>(c);
-    std::snprintf(buffer, sizeof buffer, byte < 32 || byte == 127 ? "\\x%02x" : "%c", byte);
-    shown += c == '\\' ? "\\\\" : buffer;
-  }
-  return shown + "'";
+  const char quote = text.find('\'') != std::string::npos && text.find('"') == std::string::npos ? '"' : '\'';
+  std::string shown(1, quote);
+  for (const char c : text) shown += escaped(c, quote);
+  return shown + quote;
 }
 
 }  // namespace bca::text

@@ -14,7 +14,8 @@ TEST(FakeOrt, ARunThatFailsIsAnErrorWithTheFirstLineOfTheReason) {
   const support::BundleCopy copy;
   copy.write("models/fp32.onnx", "fails");
   const bca::Session session = bca::Session::open(copy.path, on_fake());
-  EXPECT_EQ(support::message_of<bca::EngineError>([&] { session.run(support::Pair(1, 2, 2, 1).inputs()); }), "onnxruntime failed: the fake was told to");
+  EXPECT_EQ(support::message_of<bca::EngineError>([&] { session.run(support::Pair(1, 2, 2, 1).inputs()); }), 
+            "onnxruntime failed on x [1, 2, 8], context [1, 2, 6], mask [1, 2], context_mask [1, 2]: the fake was told to");
 }
 
 TEST(FakeOrt, OneBinaryServesWhicheverLibraryItIsGiven) {

@@ -156,6 +156,15 @@ TEST(Session, ANamedBackendNeverFallsBack) {
   EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "this onnxruntime has no CUDA provider");
 }
 
+TEST(Session, FewerThanOneThreadOrContextIsRefused) {
+  Options options = on_cpu(-1);
+  const auto refused = [&] { return message_of<bca::InputError>([&] { Session::open(support::kFixture, options); }); };
+  EXPECT_EQ(refused(), "threads is -1; it must be at least 1, or 0 for every core");
+  options = on_cpu();
+  options.contexts = 0;
+  EXPECT_EQ(refused(), "contexts is 0; it must be at least 1");
+}
+
 TEST(Session, PrecisionsThatAreNotThereAreRefused) {
   Options options = on_cpu();
   options.precision = bca::Precision::Bf16;

@@ -104,6 +104,14 @@ TEST(TensorRT, WhatIsStaleDamagedOrForAnotherGpuIsRefusedWithTheReason) {
   EXPECT_HAS(refused(EngineBundle("fake engine half")), "the engine's x is float16, the manifest says float32; build the engine again");
 }
 
+TEST(TensorRT, CodeOfAnEngineForTheCpuIsRefusedUnlessAsked) {
+  const EngineBundle bundle("fake engine host-code");
+  EXPECT_HAS(refused(bundle), "engines/trt.engine does not open here: the engine has host code, which is not allowed");
+  bca::Options options = on_tensorrt();
+  options.host_code = true;
+  EXPECT_EQ(Session::open(bundle.path, options).backend(), bca::Backend::TensorRT);
+}
+
 TEST(TensorRT, AFailedCallIsAnErrorInTheLibrarysWords) {
   const EngineBundle failing("fake engine no-enqueue"), full("fake engine no-context");
   const auto error = [](const EngineBundle& bundle) {
