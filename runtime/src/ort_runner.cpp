@@ -32,7 +32,7 @@ template <typename Make> void on_own_thread(Make make) {
 }
 
 RunnerInfo info_of(const OrtLibrary& library, const Bundle& bundle, const ModelEntry& model, Backend backend) {
-  return {backend, model.precision, model.file + " on onnxruntime " + library.version, model.inputs, model.outputs, bundle.manifest.dims};
+  return {backend, model.precision, model.file + " on onnxruntime " + library.version, model.inputs, model.outputs, bundle.manifest.dims, {}};
 }
 
 }  // namespace

@@ -143,7 +143,7 @@ std::unique_ptr<Engine> load(const Library& library, const Bundle& bundle, const
 }
 
 RunnerInfo info_of(const EngineEntry& entry, const std::string& version) {
-  return {kBackend, entry.precision, entry.file + " on " + kName + " " + version, entry.inputs, entry.outputs, dims_of(entry)};
+  return {kBackend, entry.precision, entry.file + " on " + kName + " " + version, entry.inputs, entry.outputs, dims_of(entry), entry.profiles};
 }
 
 }  // namespace

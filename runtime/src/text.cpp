@@ -74,9 +74,20 @@ std::string shown(const std::vector<Axis>& axes) {
   return "[" + join(parts) + "]";
 }
 
+std::string shown(const Dims& dims) {
+  const auto range = [](const char* name, const DimRange& r) { return name + std::to_string(r.min) + " to " + std::to_string(r.max); };
+  return range("batch ", dims.batch) + range(", x_len ", dims.x_len) + range(", context_len ", dims.context_len);
+}
+
 std::string number(double value) {
   char buffer[32];
   std::snprintf(buffer, sizeof buffer, "%.3g", value);
+  return buffer;
+}
+
+std::string whole(double value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.0f", value);
   return buffer;
 }
 

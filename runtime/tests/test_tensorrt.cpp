@@ -78,7 +78,7 @@ TEST(TensorRT, TheCallersGpuMemoryAndStreamAreTaken) {
 TEST(TensorRT, ShapesBetweenTheProfilesAreRefused) {
   const EngineBundle bundle;
   const Session session = Session::open(bundle.path, on_tensorrt());
-  EXPECT_HAS(message_of<bca::InputError>([&] { session.run(Pair(1, 2, 16, 1).inputs()); }), "no profile of the engine holds x [1, 2, 8], context [1, 16, 6]");
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.run(Pair(1, 2, 16, 1).inputs()); }), "no optimization profile of the engine holds batch 1, x_len 2, context_len 16; it has batch 1 to 4, x_len 1 to 8, ");
 }
 
 TEST(TensorRT, AutoTakesTheEngineAndWithoutAGpuSaysWhyNot) {
