@@ -154,6 +154,16 @@ def test_outputs_are_the_python_sessions_bit_for_bit(
                 assert np.array_equal(got, array)
 
 
+def test_the_same_binary_runs_on_an_older_onnxruntime(bca_run: Path, exported: Bundle) -> None:
+    older = native.SDK / "older" / "libonnxruntime.so"
+    if not older.exists():
+        pytest.skip("no older onnxruntime; make setup fetches one on x86-64")
+    command = [bca_run, exported.directory, "--selftest", "--backend", "onnxruntime-cpu", "--ort"]
+    shown = [passed([*command, library]) for library in (older, native.ort_library())]
+    assert all(line.startswith("self-test passed: onnxruntime-cpu: ") for line in shown)
+    assert len({line.split()[-1] for line in shown}) == 2  # versions
+
+
 def test_both_pick_the_same_model(bca_run: Path, exported: Bundle) -> None:
     described = json.loads(passed([bca_run, exported.directory, "--describe"]))
     with bca_deploy.open(exported.directory) as session:

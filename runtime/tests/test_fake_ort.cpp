@@ -25,6 +25,17 @@ TEST(FakeOrt, OneBinaryServesWhicheverLibraryItIsGiven) {
   EXPECT_EQ(session.run(pair.inputs()).at("out").data<float>()[3], 2 * pair.x.data<float>()[3]);
 }
 
+TEST(FakeOrt, ALibraryThatIsTooOldIsRefused) {
+  bca::Options options = on_fake();
+  options.backend = bca::Backend::OnnxRuntimeCpu;
+  setenv("FAKE_ORT_API", "17", 1);
+  EXPECT_EQ(support::message_of<bca::MissingDependencyError>([&] { bca::Session::open(support::kFixture, options); }),
+            "onnxruntime 1.0.fake is too old; version 1.18 or later is needed");
+  setenv("FAKE_ORT_API", "18", 1);
+  EXPECT_EQ(bca::Session::open(support::kFixture, options).backend(), bca::Backend::OnnxRuntimeCpu);
+  unsetenv("FAKE_ORT_API");
+}
+
 TEST(FakeOrt, DenormalsAreZeroWhileTheModelRunsAndNowhereElse) {
   const bca::Session session = bca::Session::open(support::kFixture, on_fake());
   const support::Pair pair(1, 2, 2, 1);
