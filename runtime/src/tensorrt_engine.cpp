@@ -149,7 +149,6 @@ RunnerInfo info_of(const EngineEntry& entry, const std::string& version) {
 }  // namespace
 
 std::unique_ptr<Runner> open_engine(const Bundle& bundle, const Options& options) {
-  check_has_engine(bundle, kName);
   auto gpu = std::make_unique<CudaGpu>(options.cuda_library, options.device);
   const Library library(options.tensorrt_library);
   const EngineEntry& entry = usable_engine(bundle, kName, library.version(), gpu->capability(), options.precision);
