@@ -249,6 +249,11 @@ class Session:
         """The sizes that its named dimensions may take."""
         return self._backend.dims
 
+    @property
+    def profiles(self) -> tuple[Dims, ...]:
+        """The combinations of sizes, where not every one within ``dims`` will do."""
+        return self._backend.profiles
+
     def close(self) -> None:
         """Finish what ``run_async`` accepted, and free everything; calling the session is an error from now on.
 

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attention import BUNDLES, inputs, make_bundles
+from attention import make_bundle
+
+import bca_deploy
+from bca_deploy.bench import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -30,12 +33,11 @@ DEMO = ROOT / "build" / "demo"
 RUNS = 300
 
 
-def python_p50_ms(threads: int, shape: tuple[int, int, int]) -> float:
+def python_p50_ms(bundle: Path, threads: int, sample: Path) -> float:
     """In this process: what `bca-run --bench` does."""
-    import bca_deploy
-
-    feeds = inputs(*shape)
-    with bca_deploy.open(BUNDLES / "fused", "onnxruntime-cpu", threads=threads) as session:
+    with np.load(sample) as arrays:
+        feeds = dict(arrays)
+    with bca_deploy.open(bundle, "onnxruntime-cpu", threads=threads) as session:
         outputs = session.run(feeds)
         times_ms = []
         for number in range(RUNS + 3):
@@ -46,14 +48,14 @@ def python_p50_ms(threads: int, shape: tuple[int, int, int]) -> float:
     return statistics.median(times_ms)
 
 
-def cpp_p50_ms(release: Path, threads: int, sample: Path) -> float:
-    command: list[str | Path] = [release / "bca-run", BUNDLES / "fused", "--input", sample, "--bench", "--repeat", str(RUNS)]
+def cpp_p50_ms(release: Path, bundle: Path, threads: int, sample: Path) -> float:
+    command: list[str | Path] = [release / "bca-run", bundle, "--input", sample, "--bench", "--repeat", str(RUNS)]
     shown: dict[str, Any] = json.loads(native.passed([*command, "--threads", str(threads), "--backend", "onnxruntime-cpu"]))
     return float(shown["p50_ms"])
 
 
-def python_in_own_process(threads: int) -> float:
-    command = [sys.executable, __file__, "--contender", "python", "--threads", str(threads)]
+def python_in_own_process(bundle: Path, threads: int, sample: Path) -> float:
+    command = [sys.executable, __file__, "--python", str(bundle), str(sample), "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -62,10 +64,14 @@ def median_of(rounds: int, measure: Callable[[], float]) -> float:
 
 
 def latencies(release: Path, rounds: int, threads: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as directory:
+    bundle = make_bundle()
+    with tempfile.TemporaryDirectory() as directory, bca_deploy.open(bundle) as session:
         sample = Path(directory) / "sample.npz"
-        np.savez(sample, **inputs(1, 512, 512))  # type: ignore[arg-type]
-        pairs = [(cpp_p50_ms(release, threads, sample), python_in_own_process(threads)) for _ in range(rounds)]
+        np.savez(sample, **inputs(session.manifest, (1, 512, 512)))  # type: ignore[arg-type]
+        pairs = [
+            (cpp_p50_ms(release, bundle, threads, sample), python_in_own_process(bundle, threads, sample))
+            for _ in range(rounds)
+        ]
     return {"cpp_p50_ms": statistics.median(cpp for cpp, _ in pairs), "python_p50_ms": statistics.median(py for _, py in pairs)}
 
 
@@ -91,7 +97,6 @@ def stripped_bytes(release: Path) -> int:
 
 def measure(rounds: int, threads: int) -> dict[str, Any]:
     release = native.build("release")
-    make_bundles()
     native.passed(["make", "demo", "READY=", f"BIN={Path(sys.executable).parent}"])
     threaded = native.passed([release / "tests" / "bca_tests", "--gtest_filter=Threads.EightTimes*"])
     return {
@@ -107,11 +112,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--contender", choices=["python"], help="measure this one here and print milliseconds")
+    parser.add_argument("--python", nargs=2, type=Path, metavar=("BUNDLE", "SAMPLE"), help="time the Python session, in ms")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.contender:
-        print(python_p50_ms(options.threads, (1, 512, 512)))
+    if options.python:
+        bundle, sample = options.python
+        print(python_p50_ms(bundle, options.threads, sample))
         return
     results = measure(options.rounds, options.threads)
     for name, value in results.items():

@@ -14,7 +14,10 @@ from bca_deploy.manifest import TensorEntry
 from bca_deploy.spec import DimRange, Dims
 
 TABLE = json.loads((Path(__file__).parent / "contract_cases.json").read_text(encoding="utf-8"))
-DIMS = Dims(**{name: DimRange(**sizes) for name, sizes in TABLE["dims"].items()})
+
+
+def dims(given: dict[str, Any]) -> Dims:
+    return Dims(**{name: DimRange(**sizes) for name, sizes in given.items()})
 
 
 def array(given: dict[str, Any]) -> np.ndarray:
@@ -24,7 +27,8 @@ def array(given: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("case", TABLE["cases"], ids=lambda case: case["case"])
 def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
     tensors = [TensorEntry.model_validate(tensor) for tensor in TABLE["models"][case["model"]]]
-    contract = Contract(tensors, DIMS, TABLE["advice"])
+    profiles = tuple(map(dims, TABLE["profiles"].get(case.get("profiles"), ())))
+    contract = Contract(tensors, dims(TABLE["dims"]), TABLE["advice"], profiles)
     given = {name: array(entry) for name, entry in case["inputs"].items()}
     if case["error"] is None:
         ready = contract.check(contract.bind((), given), case.get("cast", False))

@@ -28,6 +28,8 @@ using Clock = std::chrono::system_clock;
 using grpc::Status;
 using grpc::StatusCode;
 
+constexpr int kMost = 1'000'000'000, kMostMegabytes = 2047;  // a message's size is an int to gRPC
+
 struct Settings {
   std::string bundle, name = "model", address = "127.0.0.1:8001";
   int max_message_mb = 64, concurrency = 2, queue = 64, time_limit_ms = 10'000, threads = 0;
@@ -62,6 +64,12 @@ class Places {
   std::condition_variable given_;
   int free_, waiting_ = 0;
   const int most_waiting_;
+};
+
+/// Gives a taken place back at the end of its scope.
+struct Given {
+  Places& places;
+  ~Given() { places.give(); }
 };
 
 // The protocol's names of the element types that a request may have.
@@ -156,9 +164,8 @@ class Service final : public inference::GRPCInferenceService::Service {
     if (const Status status = check_name(request->model_name()); !status.ok()) return status;
     const auto limit = Clock::now() + std::chrono::milliseconds(settings_.time_limit_ms);
     if (const Status status = places_.take(std::min(limit, context->deadline())); !status.ok()) return status;
-    const Status status = context->IsCancelled() ? Status(StatusCode::CANCELLED, "the client has gone") : infer(*request, *response);
-    places_.give();
-    return status;
+    const Given given{places_};
+    return context->IsCancelled() ? Status(StatusCode::CANCELLED, "the client has gone") : infer(*request, *response);
   }
 
  private:
@@ -215,7 +222,7 @@ class Service final : public inference::GRPCInferenceService::Service {
   std::atomic<bool> ready_{true};
 };
 
-int number(const std::string& flag, const std::string& text) {
+int number(const std::string& flag, const std::string& text, int most) {
   std::size_t used = 0;
   int value = 0;
   try {
@@ -223,7 +230,9 @@ int number(const std::string& flag, const std::string& text) {
   } catch (const std::exception&) {
     used = 0;
   }
-  if (used != text.size() || text.empty() || value < 1) throw bca::InputError(flag + " is '" + text + "'; it must be a whole number of at least 1");
+  if (used != text.size() || text.empty() || value < 1 || value > most) {
+    throw bca::InputError(flag + " is '" + text + "'; it must be a whole number from 1 to " + std::to_string(most));
+  }
   return value;
 }
 
@@ -236,7 +245,7 @@ Settings settings_from(const std::vector<std::string>& words) {
     const bool has_value = i + 1 < words.size();
     if (words[i].rfind("--", 0) != 0 && all.bundle.empty()) all.bundle = words[i];
     else if (texts.count(words[i]) && has_value) *texts[words[i]] = words[i + 1], ++i;
-    else if (numbers.count(words[i]) && has_value) *numbers[words[i]] = number(words[i], words[i + 1]), ++i;
+    else if (numbers.count(words[i]) && has_value) *numbers[words[i]] = number(words[i], words[i + 1], words[i] == "--max-message-mb" ? kMostMegabytes : kMost), ++i;
     else throw bca::InputError("'" + words[i] + "' is unknown or lacks its value; the top of grpc_server.cpp lists the options");
   }
   if (all.bundle.empty()) throw bca::InputError("no bundle is given; grpc_server BUNDLE [--name model] [--address 127.0.0.1:8001] ...");

@@ -22,8 +22,8 @@ constexpr const char* kPrecisions[] = {"fp32", "fp16", "bf16"};
   throw EngineError("this build of bca_runtime has no " + what + "; build it with -D" + option + "=ON -D" + root + "=DIRECTORY");
 }
 
-std::unique_ptr<Runner> open_tensorrt([[maybe_unused]] const Bundle& bundle, [[maybe_unused]] const Options& options) {
-  check_has_engine(bundle, "tensorrt");
+std::unique_ptr<Runner> open_tensorrt(const Bundle& bundle, const Options& options) {
+  check_has_engine(bundle, "tensorrt", options.precision);
 #ifdef BCA_TENSORRT
   return open_engine(bundle, options);
 #else
@@ -31,8 +31,8 @@ std::unique_ptr<Runner> open_tensorrt([[maybe_unused]] const Bundle& bundle, [[m
 #endif
 }
 
-std::unique_ptr<Runner> open_rtx([[maybe_unused]] const Bundle& bundle, [[maybe_unused]] const Options& options) {
-  check_has_engine(bundle, "rtx");
+std::unique_ptr<Runner> open_rtx(const Bundle& bundle, const Options& options) {
+  check_has_engine(bundle, "rtx", options.precision);
 #ifdef BCA_RTX
   return open_engine(bundle, options);
 #else
@@ -113,7 +113,7 @@ Enum find_name(const char* what, const std::string& name, const char* const (&na
   std::vector<std::string> known(names, names + N);
   const auto at = std::find(known.begin(), known.end(), name);
   if (at != known.end()) return static_cast<Enum>(at - known.begin());
-  throw InputError(std::string(what) + " '" + name + "' is not known" + text::nearest(name, known) + "; allowed: " + text::join(known));
+  throw InputError(std::string(what) + " " + text::quoted(name) + " is not known" + text::nearest(name, known) + "; allowed: " + text::join(known));
 }
 
 }  // namespace

@@ -69,6 +69,7 @@ bca::Options options_of(const bca_open_options* given) {
   options.cuda_library = text_of(from.cuda_library);
   options.device = from.device;
   if (from.contexts) options.contexts = from.contexts;
+  options.host_code = from.host_code != 0;
   return options;
 }
 

@@ -35,14 +35,13 @@ void store(double value, DType dtype, void* at) {
   }
 }
 
-double largest(const std::vector<double>& values) {
+/// The largest of the finite numbers that became infinite; 0 where none did.
+double largest_lost(const std::vector<double>& values, const std::vector<double>& converted) {
   double found = 0;
-  for (const double value : values) found = std::max(found, std::abs(value));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (std::isfinite(values[i]) && !std::isfinite(converted[i])) found = std::max(found, std::abs(values[i]));
+  }
   return found;
-}
-
-bool all_finite(const std::vector<double>& values) {
-  return std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); });
 }
 
 void check_possible(const TensorInfo& input, const View& view, bool cast) {
@@ -55,10 +54,8 @@ void check_possible(const TensorInfo& input, const View& view, bool cast) {
 }
 
 void check_mask(const TensorInfo& input, const std::vector<double>& values) {
-  const bool right = std::all_of(values.begin(), values.end(), [](double value) { return value == 0 || value == 1; });
-  if (right) return;
-  const auto most = static_cast<long long>(*std::max_element(values.begin(), values.end()));
-  throw InputError("input " + input.name + ": a mask of integers must hold 0 and 1 alone, and its largest is " + std::to_string(most));
+  const auto other = std::find_if(values.begin(), values.end(), [](double value) { return value != 0 && value != 1; });
+  if (other != values.end()) throw InputError("input " + input.name + ": a mask of integers must hold 0 and 1 alone, and it holds " + text::whole(*other));
 }
 
 }  // namespace
@@ -70,9 +67,8 @@ Tensor cast_to(const TensorInfo& input, const View& view, bool cast) {
   Tensor made(input.dtype, view.shape);
   auto* at = static_cast<unsigned char*>(made.data());
   for (std::size_t i = 0; i < values.size(); ++i) store(values[i], input.dtype, at + i * size_of(input.dtype));
-  if (all_finite(values) && !all_finite(as_doubles(made))) {
-    throw InputError("input " + input.name + " holds " + text::number(largest(values)) + ", more than " + name_of(input.dtype) +
-                     " can; scale it down");
+  if (const double lost = largest_lost(values, as_doubles(made)); lost > 0) {
+    throw InputError("input " + input.name + " holds " + text::number(lost) + ", more than " + name_of(input.dtype) + " can; scale it down");
   }
   return made;
 }

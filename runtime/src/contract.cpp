@@ -21,6 +21,18 @@ void check_bools(const std::string& name, const View& view) {
   if (bad != bytes + count) throw InputError("input " + name + ": a bool is one byte of 0 or 1, and here is one of " + std::to_string(*bad));
 }
 
+Tensor all_true(Shape shape) {
+  Tensor made(DType::Bool, std::move(shape));
+  std::memset(made.data(), 1, made.bytes());
+  return made;
+}
+
+bool is_in(std::int64_t size, const DimRange& range) { return range.min <= size && size <= range.max; }
+
+bool holds(const Dims& profile, const Sizes& sizes) {
+  return is_in(sizes.batch, profile.batch) && is_in(sizes.x_len, profile.x_len) && is_in(sizes.context_len, profile.context_len);
+}
+
 std::int64_t size_of_axis(const std::string& axis, const Sizes& sizes) {
   return axis == "batch" ? sizes.batch : axis == "x_len" ? sizes.x_len : sizes.context_len;
 }
@@ -37,8 +49,8 @@ struct Contract::Known {
   }
 };
 
-Contract::Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice)
-    : inputs_(std::move(inputs)), dims_(dims), advice_(std::move(advice)) {
+Contract::Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice, std::vector<Dims> profiles)
+    : inputs_(std::move(inputs)), dims_(dims), advice_(std::move(advice)), profiles_(std::move(profiles)) {
   for (const TensorInfo& input : inputs_) names_.push_back(input.name);
 }
 
@@ -47,25 +59,39 @@ Ready Contract::check(const Inputs& given, bool cast) const {
   Ready ready;
   ready.views.resize(inputs_.size());
   ready.owned.reserve(inputs_.size());
-  Known known;
+  ready.sizes = sizes_of(given);  // of all, before anything is made of any
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     const TensorInfo& input = inputs_[i];
     const View* view = find(given, input.name);
-    if (!view && !is_optional(input)) throw InputError("input " + input.name + " is missing; the model takes " + text::join(names_));
-    if (!view) continue;
-    ready.views[i] = *view;
-    if (view->dtype != input.dtype) ready.views[i] = ready.owned.emplace_back(cast_to(input, *view, cast));
-    check_shape(input, view->shape, known);
-    check_bools(input.name, ready.views[i]);
-  }
-  ready.sizes = {known.at("batch"), known.at("x_len"), known.at("context_len")};
-  for (std::size_t i = 0; i < inputs_.size(); ++i) {
-    if (find(given, inputs_[i].name)) continue;
-    Tensor& ones = ready.owned.emplace_back(DType::Bool, shape_at(inputs_[i].axes, ready.sizes));
-    std::memset(ones.data(), 1, ones.bytes());
-    ready.views[i] = ones;
+    if (!view) ready.views[i] = ready.owned.emplace_back(all_true(shape_at(input.axes, ready.sizes)));
+    else if (view->dtype == input.dtype) ready.views[i] = *view;
+    else ready.views[i] = ready.owned.emplace_back(cast_to(input, *view, cast));
+    if (view) check_bools(input.name, ready.views[i]);
   }
   return ready;
+}
+
+/// Checked against everything that is known of them.
+Sizes Contract::sizes_of(const Inputs& given) const {
+  Known known;
+  for (const TensorInfo& input : inputs_) {
+    const View* view = find(given, input.name);
+    if (view) check_shape(input, view->shape, known);
+    else if (!is_optional(input)) throw InputError("input " + input.name + " is missing; the model takes " + text::join(names_));
+  }
+  const Sizes sizes = {known.at("batch"), known.at("x_len"), known.at("context_len")};
+  check_profiles(sizes);
+  return sizes;
+}
+
+void Contract::check_profiles(const Sizes& sizes) const {
+  const auto fits = [&](const Dims& profile) { return holds(profile, sizes); };
+  if (profiles_.empty() || std::any_of(profiles_.begin(), profiles_.end(), fits)) return;
+  std::vector<std::string> allowed;
+  for (const Dims& profile : profiles_) allowed.push_back(text::shown(profile));
+  throw InputError("no optimization profile of the engine holds batch " + std::to_string(sizes.batch) + ", x_len " + std::to_string(sizes.x_len) +
+                   ", context_len " + std::to_string(sizes.context_len) + "; it has " + text::join(allowed, "; or ") +
+                   "; pad, split the batch, or build the engine with a profile for it");
 }
 
 const View* Contract::find(const Inputs& given, const std::string& name) const {
@@ -78,7 +104,7 @@ const View* Contract::find(const Inputs& given, const std::string& name) const {
 void Contract::check_names(const Inputs& given) const {
   for (const auto& [name, view] : given) {
     if (std::find(names_.begin(), names_.end(), name) == names_.end()) {
-      throw InputError("the model has no input '" + name + "'" + text::nearest(name, names_) + "; it takes " + text::join(names_));
+      throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_));
     }
     if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
     if (!view.data) throw InputError("input " + name + " has no memory: its pointer is null; leave a mask out instead");
@@ -107,7 +133,7 @@ void Contract::check_size(const TensorInfo& input, std::size_t index, std::int64
                      "; they must agree");
   }
   const DimRange& allowed = range_of(axis);
-  if (size < allowed.min || size > allowed.max) {
+  if (!is_in(size, allowed)) {
     throw InputError(where + " (" + axis + ")" + is + ", allowed " + std::to_string(allowed.min) + " to " + std::to_string(allowed.max) +
                      "; " + advice_);
   }

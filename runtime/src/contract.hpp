@@ -23,8 +23,9 @@ struct Ready {
 
 class Contract {
  public:
-  /// `advice`: what to do where a size is refused; goes into the error.
-  Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice);
+  /// `advice`: what to do where a size is refused; goes into the error. `profiles`: the combinations of sizes, where not every
+  /// one within `dims` will do.
+  Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice, std::vector<Dims> profiles = {});
 
   /// Throws InputError, naming the input, the axis, what it got, what is allowed and the way out.
   Ready check(const Inputs& given, bool cast) const;
@@ -33,6 +34,8 @@ class Contract {
   struct Known;
   const View* find(const Inputs& given, const std::string& name) const;
   void check_names(const Inputs& given) const;
+  Sizes sizes_of(const Inputs& given) const;
+  void check_profiles(const Sizes& sizes) const;
   void check_shape(const TensorInfo& input, const Shape& shape, Known& known) const;
   void check_size(const TensorInfo& input, std::size_t index, std::int64_t size, Known& known) const;
   const DimRange& range_of(const std::string& axis) const;
@@ -41,6 +44,7 @@ class Contract {
   std::vector<std::string> names_;
   Dims dims_;
   std::string advice_;
+  std::vector<Dims> profiles_;
 };
 
 /// The shape that named axes have at these sizes.

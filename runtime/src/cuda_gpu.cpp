@@ -111,6 +111,6 @@ void CudaGpu::wait_on(void* stream, void* event) {
   check(cuda_.stream_wait_event(as_stream(stream), as_event(event), 0), "waiting for the last call");
 }
 
-void CudaGpu::wait_for(void* event) { check(cuda_.event_wait(as_event(event)), "waiting for the last call"); }
+void CudaGpu::wait_for(void* event) { check(cuda_.event_wait(as_event(event)), "waiting for work on the GPU"); }
 
 }  // namespace bca

@@ -15,8 +15,8 @@ struct Buffer {
   std::size_t bytes = 0;
 };
 
-bool all_on_gpu(const std::vector<MutableView>& views) {
-  return std::all_of(views.begin(), views.end(), [](const MutableView& view) { return view.memory == Memory::Cuda; });
+template <typename Views> bool all_on_gpu(const Views& views) {
+  return std::all_of(views.begin(), views.end(), [](const auto& view) { return view.memory == Memory::Cuda; });
 }
 
 std::size_t bytes_of(const Shape& shape, DType dtype) { return count_of(shape) * size_of(dtype); }
@@ -29,6 +29,7 @@ struct EngineRunner::Slot {
   std::unique_ptr<EngineContext> context;
   void* stream = nullptr;
   void* done = nullptr;        // an event behind the last work, on whichever stream that was
+  void* copied = nullptr;      // an event behind the copies from host memory
   std::map<std::string, Buffer> buffers;
   std::size_t profile = kNoProfile;
   bool busy = true;
@@ -38,6 +39,7 @@ struct EngineRunner::Slot {
     context.reset();
     for (auto& [name, buffer] : buffers) gpu.release(buffer.memory);
     if (done) gpu.release_event(done);
+    if (copied) gpu.release_event(copied);
     if (stream) gpu.release_stream(stream);
   }
 };
@@ -60,7 +62,7 @@ class EngineRunner::Lease {
 };
 
 EngineRunner::EngineRunner(RunnerInfo info, std::unique_ptr<Gpu> gpu, std::unique_ptr<Engine> engine, int contexts)
-    : Runner(std::move(info)), gpu_(std::move(gpu)), engine_(std::move(engine)), contexts_(static_cast<std::size_t>(std::max(contexts, 1))) {
+    : Runner(std::move(info)), gpu_(std::move(gpu)), engine_(std::move(engine)), contexts_(static_cast<std::size_t>(contexts)) {
   for (const auto* tensors : {&this->info.inputs, &this->info.outputs}) {
     for (const TensorInfo& tensor : *tensors) {
       const DType found = engine_->dtype(tensor.name);
@@ -90,6 +92,7 @@ void EngineRunner::run(const std::vector<View>& inputs, const std::vector<Mutabl
   Lease lease(*this, profile, stream);
   queue(lease.slot, profile, inputs, outputs, lease.stream);
   if (!stream || !all_on_gpu(outputs)) gpu_->wait(lease.stream);
+  else if (!all_on_gpu(inputs)) gpu_->wait_for(lease.slot.copied);  // a copy may read host memory until then
   lease.broken = false;
 }
 
@@ -99,6 +102,7 @@ void EngineRunner::queue(Slot& slot, std::size_t profile, const std::vector<View
   if (slot.profile != profile) need(slot.context->set_profile(profile, stream), "profile " + std::to_string(profile));
   slot.profile = profile;
   set_inputs(slot, inputs, stream);
+  gpu_->record(slot.copied, stream);
   set_outputs(slot, outputs);
   need(slot.context->enqueue(stream), "the call");
   for (std::size_t i = 0; i < outputs.size(); ++i) {
@@ -184,6 +188,7 @@ std::unique_ptr<EngineRunner::Slot> EngineRunner::make_slot() {
   auto slot = std::make_unique<Slot>(*gpu_);
   slot->stream = gpu_->make_stream();
   slot->done = gpu_->make_event();
+  slot->copied = gpu_->make_event();
   slot->context = engine_->make_context();
   need(slot->context != nullptr, "an execution context");
   return slot;

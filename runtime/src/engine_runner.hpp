@@ -12,7 +12,7 @@ namespace bca {
 
 class EngineRunner : public Runner {
  public:
-  /// `contexts`: calls in flight at once; more wait. Throws EngineError where the engine is not what the manifest says.
+  /// `contexts`: calls in flight at once, at least 1; more wait. Throws EngineError where the engine is not what the manifest says.
   EngineRunner(RunnerInfo info, std::unique_ptr<Gpu> gpu, std::unique_ptr<Engine> engine, int contexts);
   ~EngineRunner() override;
 

@@ -49,15 +49,18 @@ std::optional<std::string> why_stale(const EngineEntry& entry, const Manifest& m
   return std::nullopt;
 }
 
-void check_has_engine(const Bundle& bundle, const std::string& library) {
+void check_has_engine(const Bundle& bundle, const std::string& library, std::optional<Precision> precision) {
+  const auto wanted = [&](const EngineEntry& entry) { return entry.library == library && (!precision || entry.precision == *precision); };
   const auto& engines = bundle.manifest.engines;
-  if (std::any_of(engines.begin(), engines.end(), [&](const EngineEntry& entry) { return entry.library == library; })) return;
-  throw EngineError("the bundle has no " + library + " engine; build one: bca build " + bundle.directory.string() + " --engine " + library);
+  if (std::any_of(engines.begin(), engines.end(), wanted)) return;
+  const std::string name = precision ? name_of(*precision) : "", here = bundle.directory.string();
+  throw EngineError(here + " has no " + library + " engine" + (precision ? " of precision " + name : "") + "; build one: bca build " + here +
+                    " --engine " + library + (precision ? " --precision " + name : ""));
 }
 
 const EngineEntry& usable_engine(const Bundle& bundle, const std::string& library, const std::string& loaded,
                                  const std::string& capability, std::optional<Precision> precision) {
-  check_has_engine(bundle, library);
+  check_has_engine(bundle, library, precision);
   std::vector<std::string> reasons;
   for (const EngineEntry& entry : bundle.manifest.engines) {
     if (entry.library != library || (precision && entry.precision != *precision)) continue;
@@ -65,9 +68,7 @@ const EngineEntry& usable_engine(const Bundle& bundle, const std::string& librar
     if (!reason) return entry;
     reasons.push_back(entry.file + " is stale: " + *reason + "; build it again with bca build, bca inspect shows its options");
   }
-  if (!reasons.empty()) throw EngineError(text::join(reasons, "; "));
-  throw InputError(std::string("precision ") + name_of(*precision) + " is in no " + library + " engine of the bundle; build one: bca build " +
-                   bundle.directory.string() + " --engine " + library + " --precision " + name_of(*precision));
+  throw EngineError(text::join(reasons, "; "));
 }
 
 Dims dims_of(const EngineEntry& entry) {

@@ -13,13 +13,13 @@ namespace bca {
 std::optional<std::string> why_stale(const EngineEntry& entry, const Manifest& manifest, const std::string& loaded,
                                      const std::string& capability);
 
-/// Returns the engine for a library ("tensorrt" or "rtx") and a GPU. Throws EngineError with each reason; InputError
-/// where the precision is in none.
+/// Returns the engine for a library ("tensorrt" or "rtx") and a GPU. Throws EngineError where there is none,
+/// with each reason.
 const EngineEntry& usable_engine(const Bundle& bundle, const std::string& library, const std::string& loaded,
                                  const std::string& capability, std::optional<Precision> precision);
 
-/// Throws EngineError where the bundle has no engine of that library.
-void check_has_engine(const Bundle& bundle, const std::string& library);
+/// Throws EngineError where the bundle has no engine of that library, and of that precision where one is asked for.
+void check_has_engine(const Bundle& bundle, const std::string& library, std::optional<Precision> precision);
 
 /// The sizes that some profile of the engine takes: the widest ranges, and the first profile's optimal sizes.
 Dims dims_of(const EngineEntry& entry);

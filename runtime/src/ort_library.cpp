@@ -7,8 +7,8 @@
 namespace bca {
 namespace {
 
-// The oldest version whose functions suffice; a newer library still serves it.
-constexpr std::uint32_t kApiVersion = 17;
+// The oldest version that reads the models of a bundle (ONNX IR 10); a newer library still serves its functions.
+constexpr std::uint32_t kApiVersion = 18;
 
 std::vector<std::string> places(const std::string& path) {
   if (!path.empty()) return {path};

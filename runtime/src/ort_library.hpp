@@ -1,4 +1,4 @@
-// ONNX Runtime, opened at run time: one binary serves every version from 1.17 on.
+// ONNX Runtime, opened at run time: one binary serves every version from 1.18 on.
 #pragma once
 
 #include <memory>

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "denormals.hpp"
+#include "text.hpp"
 
 namespace bca {
 namespace {
@@ -31,7 +32,7 @@ template <typename Make> void on_own_thread(Make make) {
 }
 
 RunnerInfo info_of(const OrtLibrary& library, const Bundle& bundle, const ModelEntry& model, Backend backend) {
-  return {backend, model.precision, model.file + " on onnxruntime " + library.version, model.inputs, model.outputs, bundle.manifest.dims};
+  return {backend, model.precision, model.file + " on onnxruntime " + library.version, model.inputs, model.outputs, bundle.manifest.dims, {}};
 }
 
 }  // namespace
@@ -90,6 +91,12 @@ OrtPtr<OrtValue> OrtRunner::value(const void* data, DType dtype, const Shape& sh
   return {made, library_->api->ReleaseValue};
 }
 
+std::string OrtRunner::shapes_of(const std::vector<View>& inputs) const {
+  std::vector<std::string> shapes;
+  for (std::size_t i = 0; i < inputs.size(); ++i) shapes.push_back(info.inputs[i].name + " " + text::shown(inputs[i].shape));
+  return text::join(shapes);
+}
+
 void OrtRunner::run(const std::vector<View>& inputs, const std::vector<MutableView>& outputs, void*) {
   std::vector<const char*> names_in, names_out;
   std::vector<OrtPtr<OrtValue>> held;
@@ -106,7 +113,7 @@ void OrtRunner::run(const std::vector<View>& inputs, const std::vector<MutableVi
   const Flushed flushed;
   OrtStatus* status = library_->api->Run(session_.get(), nullptr, names_in.data(), values_in.data(), values_in.size(), names_out.data(),
                                          values_out.size(), values_out.data());
-  library_->check(status, "onnxruntime failed");
+  if (status) library_->check(status, "onnxruntime failed on " + shapes_of(inputs));
 }
 
 }  // namespace bca

@@ -19,6 +19,7 @@ class OrtRunner : public Runner {
  private:
   OrtPtr<OrtSession> make(const std::string& file, int threads, int device) const;
   void add_cuda(OrtSessionOptions* options, int device) const;
+  std::string shapes_of(const std::vector<View>& inputs) const;
   OrtPtr<OrtValue> value(const void* data, DType dtype, const Shape& shape) const;
 
   std::shared_ptr<OrtLibrary> library_;

@@ -17,6 +17,7 @@ struct RunnerInfo {
   std::string what;                        // the file that runs and what runs it
   std::vector<TensorInfo> inputs, outputs;
   Dims dims;
+  std::vector<Dims> profiles;              // the combinations of sizes, where not every one within dims will do
 };
 
 class Runner {

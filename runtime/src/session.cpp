@@ -74,9 +74,10 @@ Session Session::open(const std::filesystem::path& path, const Options& options)
   if (options.threads < 0) {
     throw InputError("threads is " + std::to_string(options.threads) + "; it must be at least 1, or 0 for every core");
   }
+  if (options.contexts < 1) throw InputError("contexts is " + std::to_string(options.contexts) + "; it must be at least 1");
   Bundle bundle = open_bundle(path, options.verify);
   auto [runner, explanation] = choose(bundle, options);
-  Contract contract(runner->info.inputs, runner->info.dims, kAdvice);
+  Contract contract(runner->info.inputs, runner->info.dims, kAdvice, runner->info.profiles);
   return Session(std::unique_ptr<State>(new State{std::move(bundle), std::move(runner), std::move(explanation), std::move(contract)}));
 }
 

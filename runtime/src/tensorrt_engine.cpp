@@ -137,23 +137,22 @@ class TensorrtEngine : public Engine {
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
 };
 
-std::unique_ptr<Engine> load(const Library& library, const Bundle& bundle, const EngineEntry& entry, Gpu& gpu) {
+std::unique_ptr<Engine> load(const Library& library, const Bundle& bundle, const EngineEntry& entry, Gpu& gpu, bool host_code) {
   const OnGpu device(gpu);
-  return std::make_unique<TensorrtEngine>(library, bundle.path(entry.file).string(), entry.version_compatible);
+  return std::make_unique<TensorrtEngine>(library, bundle.path(entry.file).string(), host_code);
 }
 
 RunnerInfo info_of(const EngineEntry& entry, const std::string& version) {
-  return {kBackend, entry.precision, entry.file + " on " + kName + " " + version, entry.inputs, entry.outputs, dims_of(entry)};
+  return {kBackend, entry.precision, entry.file + " on " + kName + " " + version, entry.inputs, entry.outputs, dims_of(entry), entry.profiles};
 }
 
 }  // namespace
 
 std::unique_ptr<Runner> open_engine(const Bundle& bundle, const Options& options) {
-  check_has_engine(bundle, kName);
   auto gpu = std::make_unique<CudaGpu>(options.cuda_library, options.device);
   const Library library(options.tensorrt_library);
   const EngineEntry& entry = usable_engine(bundle, kName, library.version(), gpu->capability(), options.precision);
-  auto engine = load(library, bundle, entry, *gpu);
+  auto engine = load(library, bundle, entry, *gpu, options.host_code);
   return std::make_unique<EngineRunner>(info_of(entry, library.version()), std::move(gpu), std::move(engine), options.contexts);
 }
 

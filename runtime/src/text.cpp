@@ -25,6 +25,19 @@ double ratio(const std::string& a, const std::string& b) {
   return a.empty() && b.empty() ? 1.0 : 2.0 * static_cast<double>(matching(a, b)) / static_cast<double>(a.size() + b.size());
 }
 
+/// A character of a Python string between such quotes.
+std::string escaped(char c, char quote) {
+  const auto byte = static_cast<unsigned char>(c);
+  if (c == quote || c == '\\') return {'\\', c};
+  if (c == '\n') return "\\n";
+  if (c == '\r') return "\\r";
+  if (c == '\t') return "\\t";
+  if (byte >= 32 && byte != 127) return {c};
+  char buffer[8];
+  std::snprintf(buffer, sizeof buffer, "\\x%02x", byte);
+  return buffer;
+}
+
 }  // namespace
 
 std::string join(const std::vector<std::string>& parts, const char* between) {
@@ -61,21 +74,28 @@ std::string shown(const std::vector<Axis>& axes) {
   return "[" + join(parts) + "]";
 }
 
+std::string shown(const Dims& dims) {
+  const auto range = [](const char* name, const DimRange& r) { return name + std::to_string(r.min) + " to " + std::to_string(r.max); };
+  return range("batch ", dims.batch) + range(", x_len ", dims.x_len) + range(", context_len ", dims.context_len);
+}
+
 std::string number(double value) {
   char buffer[32];
   std::snprintf(buffer, sizeof buffer, "%.3g", value);
   return buffer;
 }
 
+std::string whole(double value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.0f", value);
+  return buffer;
+}
+
 std::string quoted(const std::string& text) {
-  std::string shown = "'";
-  for (const char c : text) {
-    char buffer[8];
-    const auto byte = static_cast<unsigned char>(c);
-    std::snprintf(buffer, sizeof buffer, byte < 32 || byte == 127 ? "\\x%02x" : "%c", byte);
-    shown += c == '\\' ? "\\\\" : buffer;
-  }
-  return shown + "'";
+  const char quote = text.find('\'') != std::string::npos && text.find('"') == std::string::npos ? '"' : '\'';
+  std::string shown(1, quote);
+  for (const char c : text) shown += escaped(c, quote);
+  return shown + quote;
 }
 
 }  // namespace bca::text

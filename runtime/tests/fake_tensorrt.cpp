@@ -92,12 +92,16 @@ class FakeEngine : public ICudaEngine, UnusedVCudaEngine {
 class FakeRuntime : public IRuntime, UnusedVRuntime {
  public:
   FakeRuntime() { mImpl = this; }
-  void setEngineHostCodeAllowed(bool) noexcept override {}
+  void setEngineHostCodeAllowed(bool allowed) noexcept override { host_code_ = allowed; }
   ICudaEngine* deserializeCudaEngine(const void* plan, std::size_t size) noexcept override {
     const std::string words(static_cast<const char*>(plan), size);
-    if (words.rfind("fake engine", 0) == 0) return new FakeEngine(words);
-    return refuse("the plan's magic tag does not match"), nullptr;
+    if (words.rfind("fake engine", 0) != 0) return refuse("the plan's magic tag does not match"), nullptr;
+    if (words.find("host-code") != std::string::npos && !host_code_) return refuse("the engine has host code, which is not allowed"), nullptr;
+    return new FakeEngine(words);
   }
+
+ private:
+  bool host_code_ = false;
 };
 
 }  // namespace

@@ -21,6 +21,7 @@ struct World {
   std::mutex mutex;
   std::map<void*, std::size_t> memory;         // what lies on the GPU
   std::set<void*> streams, events;
+  std::map<void*, std::string> behind;         // each event's last work
   std::vector<std::string> log;                // copies, profiles, calls and waits, in order
   std::atomic<int> contexts{0}, running{0}, most_running{0}, made_contexts{0};
   std::function<void()> on_enqueue = [] {};
@@ -83,9 +84,20 @@ class Gpu : public bca::Gpu {
   }
   void* make_event() override { return add(world_.events); }
   void release_event(void* event) noexcept override { remove(world_.events, event); }
-  void record(void*, void* stream) override { world_.note("record on " + name(stream)); }
+  void record(void* event, void* stream) override {
+    const std::string on = name(stream);
+    const std::lock_guard lock(world_.mutex);
+    world_.behind[event] = world_.log.back().rfind("in on", 0) == 0 ? "the copies" : "the last call";
+    world_.log.push_back("record on " + on);
+  }
   void wait_on(void* stream, void*) override { world_.note(name(stream) + " waits"); }
-  void wait_for(void*) override { world_.note("wait for the last call"); }
+  void wait_for(void* event) override {
+    std::unique_lock lock(world_.mutex);
+    const auto found = world_.behind.find(event);
+    const std::string work = found == world_.behind.end() ? "the last call" : found->second;
+    lock.unlock();
+    world_.note("wait for " + work);
+  }
 
   std::string name(void* stream) {
     const std::lock_guard lock(world_.mutex);

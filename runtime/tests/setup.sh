@@ -17,32 +17,52 @@ debian=(g++ nlohmann-json3-dev zlib1g-dev libgtest-dev libgrpc++-dev libprotobuf
   pkg-config clang libclang-rt-dev)
 command -v npm >/dev/null || debian+=(npm)
 
+# Another version of ONNX Runtime than the one under test, for one binary on both; any of its x86-64 wheels has the library.
+older=1.20.1
+older_sha256=5eec64c0269dcdb8d9a9a53dc4d64f87b9e0c19801d9321246a53b7eb5a7d1bc
+
+# What is missing, and what to type; the rest of the set-up goes on.
+lacks() {
+  echo "tests of runtime/ are skipped: $1"
+}
+
 install_debian() {
   command -v dpkg >/dev/null && dpkg -s "${debian[@]}" >/dev/null 2>&1 && return
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    apt-get update -q >/dev/null
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${debian[@]}" >/dev/null
-  else
-    echo "the tests of runtime/ need Debian's packages; to install them: sudo apt-get install ${debian[*]}"
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q >/dev/null &&
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${debian[@]}" >/dev/null; then
+    return
   fi
+  lacks "they need Debian's packages; to install them: sudo apt-get install ${debian[*]}"
 }
 
 fetch_onnxruntime() {
   [ -e "$sdk/onnxruntime/include/onnxruntime_c_api.h" ] && return
-  if ! command -v npm >/dev/null; then
-    echo "the tests of runtime/ need ONNX Runtime's headers, which npm fetches; install npm, then make setup again"
+  if ! command -v npm >/dev/null || ! (cd "$work" && npm pack --silent "$ort_package" >/dev/null); then
+    lacks "they need ONNX Runtime's headers, which npm fetches; install npm, look at the network, then make setup again"
     return
   fi
-  (cd "$work" && npm pack --silent "$ort_package" >/dev/null)
   echo "$ort_sha256  $(echo "$work"/*.tgz)" | sha256sum --check --quiet
   mkdir -p "$sdk/onnxruntime/include"
   tar -xzf "$work"/*.tgz -C "$sdk/onnxruntime/include" --strip-components=7 "$ort_headers"
 }
 
+fetch_older_onnxruntime() {
+  [ -e "$sdk/older/libonnxruntime.so" ] || [ "$(uname -m)" != x86_64 ] && return
+  if ! "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp --python-version 311 \
+    --platform manylinux_2_27_x86_64 "onnxruntime==$older" -d "$work/older"; then
+    lacks "onnxruntime $older is not to be had here"
+    return
+  fi
+  echo "$older_sha256  $(echo "$work"/older/*.whl)" | sha256sum --check --quiet
+  "$python" -m zipfile -e "$work"/older/*.whl "$work/older"
+  mkdir -p "$sdk/older"
+  cp "$work/older/onnxruntime/capi/libonnxruntime.so.$older" "$sdk/older/libonnxruntime.so"
+}
+
 fetch_nvidia() {
   [ -e "$sdk/cuda/include/crt" ] && return
   if ! "$python" -m pip download -q --disable-pip-version-check --no-deps --require-hashes -r "$here/sdks.txt" -d "$work"; then
-    echo "the headers of TensorRT and CUDA are not to be had here, so the tests of runtime/ that compile against them are skipped"
+    lacks "the headers of TensorRT and CUDA are not to be had here"
     return
   fi
   for wheel in "$work"/*.whl; do "$python" -m zipfile -e "$wheel" "$work/wheels"; done
@@ -55,4 +75,5 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 install_debian
 fetch_onnxruntime
+fetch_older_onnxruntime
 fetch_nvidia

@@ -32,9 +32,14 @@ std::vector<bca::TensorInfo> model(const std::string& name) {
   return tensors;
 }
 
-bca::Contract contract(const std::string& name) {
-  const json& dims = table()["dims"];
-  return {model(name), {range(dims["batch"]), range(dims["x_len"]), range(dims["context_len"])}, table()["advice"]};
+bca::Dims dims(const json& given) { return {range(given["batch"]), range(given["x_len"]), range(given["context_len"])}; }
+
+bca::Contract contract(const std::string& name, const std::string& profiles = "") {
+  std::vector<bca::Dims> each;
+  if (!profiles.empty()) {
+    for (const json& profile : table()["profiles"][profiles]) each.push_back(dims(profile));
+  }
+  return {model(name), dims(table()["dims"]), table()["advice"], each};
 }
 
 template <typename T> void set_all(bca::Tensor& array, T value) {
@@ -65,7 +70,7 @@ TEST_P(ContractTable, TakesOrRefusesInTheTablesWords) {
   arrays.reserve(8);
   bca::Inputs inputs;
   for (const auto& [name, entry] : given["inputs"].items()) inputs.emplace_back(name, arrays.emplace_back(array(entry)));
-  const auto check = [&] { return contract(given["model"]).check(inputs, given.value("cast", false)); };
+  const auto check = [&] { return contract(given["model"], given.value("profiles", "")).check(inputs, given.value("cast", false)); };
   if (!given["error"].is_null()) {
     EXPECT_EQ(message_of<bca::InputError>(check), given["error"].get<std::string>());
     return;
@@ -121,8 +126,9 @@ TEST(Contract, NegativeAndEndlessSizesAreRefused) {
     return message_of<bca::InputError>([&] { contract(cast ? "half" : "masks").check({{"x", view}}, cast); });
   };
   EXPECT_HAS(check({2, -5, 24}, false), "input x: axis 1 (x_len) is -5, allowed 2 to 16");
-  EXPECT_HAS(check({2, -5, 24}, true), "has a negative size");
-  EXPECT_HAS(check({INT64_MAX, INT64_MAX, 24}, true), "more than memory can hold");
+  EXPECT_HAS(check({INT64_MAX, INT64_MAX, 24}, true), "input x: axis 0 (batch) is 9223372036854775807, allowed 1 to 4");
+  EXPECT_EQ(message_of<bca::InputError>([] { bca::count_of({2, -5}); }), "shape [2, -5] has a negative size");
+  EXPECT_EQ(message_of<bca::InputError>([] { bca::count_of({INT64_MAX, 2}); }), "shape [9223372036854775807, 2] is more than memory can hold");
 }
 
 // Every float16 there is, through float64 and back; then the numbers half way between two of them.
@@ -140,6 +146,21 @@ TEST(Cast, HalvesRoundToNearestEven) {
   EXPECT_EQ(bca::half_of(65519), 0x7bff);
   EXPECT_EQ(bca::half_of(65520), 0x7c00);
   EXPECT_TRUE(std::isnan(bca::from_half(bca::half_of(NAN))));
+}
+
+TEST(Cast, ANumberThatBecomesInfiniteIsRefusedBesideOneThatIs) {
+  const bca::TensorInfo half{"x", bca::DType::Float16, {std::int64_t{3}}};
+  const float fits[] = {INFINITY, NAN, 65504}, lost[] = {INFINITY, -70000, 66000};
+  const auto cast = [&](const float* values) { return bca::cast_to(half, {values, {3}}, true); };
+  EXPECT_EQ(bca::as_doubles(cast(fits))[0], INFINITY);
+  EXPECT_EQ(message_of<bca::InputError>([&] { cast(lost); }), "input x holds 7e+04, more than float16 can; scale it down");
+}
+
+TEST(Cast, AMaskNamesTheFirstThatIsNeitherZeroNorOne) {
+  const std::int64_t values[] = {1, 0, -3, 9};
+  const bca::TensorInfo mask{"mask", bca::DType::Bool, {std::int64_t{4}}};
+  EXPECT_EQ(message_of<bca::InputError>([&] { bca::cast_to(mask, {values, {4}}, true); }),
+            "input mask: a mask of integers must hold 0 and 1 alone, and it holds -3");
 }
 
 TEST(Cast, BrainFloatsRoundToNearestEven) {

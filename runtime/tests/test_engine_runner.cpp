@@ -18,7 +18,7 @@ bca::RunnerInfo info() {
   const std::vector<bca::Axis> x = {"batch", "x_len", std::int64_t{8}}, context = {"batch", "context_len", std::int64_t{6}};
   return {bca::Backend::TensorRT, bca::Precision::Fp32, "double",
           {{"x", bca::DType::Float32, x}, {"context", bca::DType::Float32, context}},
-          {{"out", bca::DType::Float32, x}, {"context_out", bca::DType::Float32, context}}, {}};
+          {{"out", bca::DType::Float32, x}, {"context_out", bca::DType::Float32, context}}, {}, {}};
 }
 
 std::unique_ptr<bca::EngineRunner> make(World& world, int contexts = 2, std::vector<bca::Profile> profiles = {profile(1, 8, 64)}) {
@@ -140,9 +140,25 @@ TEST(EngineRunner, TheCallersGpuMemoryIsUsedAsItIs) {
   EXPECT_EQ(static_cast<float*>(out)[9], 2 * pair.x.data<float>()[9]);
   EXPECT_EQ(world.count("in on the caller's"), 1u);  // context alone
   EXPECT_EQ(world.count("out on the caller's"), 0u);
-  EXPECT_EQ(world.count("record on the caller's"), 1u);
+  EXPECT_EQ(world.count("record on the caller's"), 2u);   // behind the copies, and behind the call
+  EXPECT_EQ(world.log.back(), "wait for the copies");     // context may go now
   EXPECT_EQ(world.count("wait for the caller's"), 0u);  // the caller waits when it wants to
   for (void* memory : {x, out, context_out}) gpu.release(memory);
+}
+
+TEST(EngineRunner, WithEverythingOnTheGpuACallOnlyQueues) {
+  World world;
+  auto runner = make(world);
+  doubles::Gpu gpu(world);
+  const bca::Shape x_shape = {1, 4, 8}, context_shape = {1, 4, 6};
+  std::vector<float*> at;
+  for (int i = 0; i < 4; ++i) at.push_back(static_cast<float*>(gpu.allocate(4 * 8 * 4)));
+  std::fill_n(at[0], 32, 1.0f), std::fill_n(at[1], 32, 1.0f);
+  const auto cuda = bca::Memory::Cuda;
+  char stream = 0;
+  runner->run({{at[0], x_shape, cuda}, {at[1], context_shape, cuda}}, {{at[2], x_shape, cuda}, {at[3], context_shape, cuda}}, &stream);
+  EXPECT_EQ(std::count_if(world.log.begin(), world.log.end(), [](const std::string& done) { return done.rfind("wait for", 0) == 0; }), 0);
+  for (float* memory : at) gpu.release(memory);
 }
 
 TEST(EngineRunner, OnTheCallersStreamHostOutputsAreThereOnReturn) {

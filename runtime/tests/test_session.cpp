@@ -40,7 +40,7 @@ TEST(Session, SaysWhatRunsAndWhatItTakes) {
   EXPECT_HAS(session.explain().chosen, "onnxruntime-cpu: models/fp32.onnx on onnxruntime 1.");
   ASSERT_EQ(session.explain().passed_over.size(), 3u);
   EXPECT_EQ(session.explain().passed_over[0].first, "tensorrt");
-  EXPECT_HAS(session.explain().passed_over[0].second, "the bundle has no tensorrt engine; build one: bca build");
+  EXPECT_HAS(session.explain().passed_over[0].second, " has no tensorrt engine; build one: bca build ");
   EXPECT_HAS(session.explain().passed_over[2].second, "this onnxruntime has no CUDA provider");
   EXPECT_EQ(session.inputs().size(), 4u);
   EXPECT_EQ(session.outputs()[1].name, "context_out");
@@ -149,11 +149,20 @@ TEST(Session, ACallerThatFlushesAlreadyGoesOnFlushing) {
 TEST(Session, ANamedBackendNeverFallsBack) {
   Options options;
   options.backend = bca::Backend::TensorRT;
-  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "the bundle has no tensorrt engine");
+  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), " has no tensorrt engine; build one: ");
   options.backend = bca::Backend::Rtx;
-  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "the bundle has no rtx engine");
+  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), " has no rtx engine; build one: ");
   options.backend = bca::Backend::OnnxRuntimeCuda;
   EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "this onnxruntime has no CUDA provider");
+}
+
+TEST(Session, FewerThanOneThreadOrContextIsRefused) {
+  Options options = on_cpu(-1);
+  const auto refused = [&] { return message_of<bca::InputError>([&] { Session::open(support::kFixture, options); }); };
+  EXPECT_EQ(refused(), "threads is -1; it must be at least 1, or 0 for every core");
+  options = on_cpu();
+  options.contexts = 0;
+  EXPECT_EQ(refused(), "contexts is 0; it must be at least 1");
 }
 
 TEST(Session, PrecisionsThatAreNotThereAreRefused) {

@@ -78,7 +78,7 @@ TEST(TensorRT, TheCallersGpuMemoryAndStreamAreTaken) {
 TEST(TensorRT, ShapesBetweenTheProfilesAreRefused) {
   const EngineBundle bundle;
   const Session session = Session::open(bundle.path, on_tensorrt());
-  EXPECT_HAS(message_of<bca::InputError>([&] { session.run(Pair(1, 2, 16, 1).inputs()); }), "no profile of the engine holds x [1, 2, 8], context [1, 16, 6]");
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.run(Pair(1, 2, 16, 1).inputs()); }), "no optimization profile of the engine holds batch 1, x_len 2, context_len 16; it has batch 1 to 4, x_len 1 to 8, ");
 }
 
 TEST(TensorRT, AutoTakesTheEngineAndWithoutAGpuSaysWhyNot) {
@@ -102,6 +102,14 @@ TEST(TensorRT, WhatIsStaleDamagedOrForAnotherGpuIsRefusedWithTheReason) {
   EXPECT_HAS(refused(EngineBundle("fake engine", BCA_TENSORRT_VERSION, "sm90")), "it was built for sm90, and the GPU is sm89");
   EXPECT_HAS(refused(EngineBundle("rubbish")), "engines/trt.engine does not open here: the plan's magic tag does not match");
   EXPECT_HAS(refused(EngineBundle("fake engine half")), "the engine's x is float16, the manifest says float32; build the engine again");
+}
+
+TEST(TensorRT, CodeOfAnEngineForTheCpuIsRefusedUnlessAsked) {
+  const EngineBundle bundle("fake engine host-code");
+  EXPECT_HAS(refused(bundle), "engines/trt.engine does not open here: the engine has host code, which is not allowed");
+  bca::Options options = on_tensorrt();
+  options.host_code = true;
+  EXPECT_EQ(Session::open(bundle.path, options).backend(), bca::Backend::TensorRT);
 }
 
 TEST(TensorRT, AFailedCallIsAnErrorInTheLibrarysWords) {

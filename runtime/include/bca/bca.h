@@ -48,6 +48,7 @@ typedef struct bca_open_options {
   const char* cuda_library;
   int32_t device;
   int32_t contexts;
+  int32_t host_code;
 } bca_open_options;
 
 typedef struct bca_run_options {
@@ -56,7 +57,7 @@ typedef struct bca_run_options {
   void* stream;                     /* a cudaStream_t, for engines; see bca::Session::run_into */
 } bca_run_options;
 
-/* The caller's memory, C-contiguous, borrowed until the call returns. */
+/* The caller's memory, C-contiguous, borrowed until the call returns; GPU memory with a stream, until that has done the work. */
 typedef struct bca_tensor {
   const char* name;
   void* data;                       /* inputs are not written to */

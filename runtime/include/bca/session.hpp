@@ -33,6 +33,7 @@ struct Options {
   std::string cuda_library;              // path; empty: the loader finds libcudart
   int device = 0;                        // the GPU
   int contexts = 2;                      // engine calls in flight at once; more wait for a free context
+  bool host_code = false;                // let a version-compatible engine bring code that runs on the CPU; for engines that you trust only
 };
 
 struct RunOptions {
@@ -84,7 +85,8 @@ class BCA_API Session {
   /// Runs the model and writes into the caller's memory: one view for every output, of its type and shape.
   ///
   /// With options.stream and every output on the GPU the work is queued on that stream and the call does not wait for it;
-  /// inputs and outputs must live until the stream has done it. Otherwise the results are there when the call returns.
+  /// what lies on the GPU must live until the stream has done it, and host inputs are read when the call returns. Otherwise
+  /// the results are there when the call returns.
   /// After an EngineError the outputs hold nothing that may be used.
   void run_into(const Inputs& inputs, const OutputViews& outputs, const RunOptions& options = {}) const;
 

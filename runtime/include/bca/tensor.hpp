@@ -36,8 +36,8 @@ template <> struct DTypeOf<bool> { static constexpr DType value = DType::Bool; }
 template <> struct DTypeOf<std::int32_t> { static constexpr DType value = DType::Int32; };
 template <> struct DTypeOf<std::int64_t> { static constexpr DType value = DType::Int64; };
 
-/// The caller's memory to read: C-contiguous, borrowed. It must stay as it is until the call returns; with a stream in
-/// RunOptions, until that stream has done the work.
+/// The caller's memory to read: C-contiguous, borrowed. It must stay as it is until the call returns; GPU memory with a stream
+/// in RunOptions, until that stream has done the work.
 struct View {
   const void* data = nullptr;
   DType dtype = DType::Float32;
