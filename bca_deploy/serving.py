@@ -28,7 +28,7 @@ class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
         super().__init__(name)
         self._session, self._batcher = session, batcher
         advice = "cut the sequence into pieces, or export again with wider dims"
-        self._contract = Contract(session.inputs, session.dims, advice)
+        self._contract = Contract(session.inputs, session.dims, advice, session.profiles)
         self._outputs = [tensor.name for tensor in session.outputs]
         self.ready = True
 

@@ -209,6 +209,26 @@ def test_a_refusal_stays_short_whatever_the_client_calls_its_inputs(served: Serv
     assert served.post(INFER, content=body, headers=headers).json()["error"] == refused.value.message()
 
 
+def test_sizes_that_fit_no_profile_of_an_engine_are_refused_before_they_wait(exported: Bundle) -> None:
+    # In a process of its own, since KServe's protobuf messages and tritonclient's have the same names.
+    script = f"""
+import asyncio
+from types import SimpleNamespace
+import numpy as np
+import bca_deploy
+from bca_deploy.serving import BundleModel
+from bca_deploy.spec import DimRange, Dims
+from bca_deploy.wire import Request
+short, long = (Dims(DimRange(1, 1, 8), DimRange(*r), DimRange(*r)) for r in ((1, 64, 128), (129, 512, 2048)))
+with bca_deploy.open({str(exported.directory)!r}) as opened:
+    session = SimpleNamespace(inputs=opened.inputs, outputs=opened.outputs, dims=opened.dims, profiles=(short, long))
+inputs = dict(x=np.zeros((1, 4, 24), np.float32), context=np.zeros((1, 200, 16), np.float32))
+asyncio.run(BundleModel("bca", session, None).predict(Request(inputs)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "InputError: no optimization profile of the engine holds batch 1, x_len 4, context_len 200" in done.stderr
+
+
 def test_an_input_given_twice_is_refused(served: Server) -> None:
     twice = [_filled(grpc_client, "x", X)] * 2
     with (
