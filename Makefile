@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 # `in` as a name, a default missing), and the bare bindings of both major versions.
 STUBS := 10.13.0.35.1
 BINDINGS := 10.16.1.11 11.4.0.106
+# A real Triton for the tests, with its python backend alone. That wants numpy 1, of which Python 3.13 has no build.
+TRITON := nvidia-pytriton==0.7.0 onnxruntime==1.32.0 'numpy==1.26.4; python_version < "3.13"'
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: setup demo check test bench gpu-proof clean
@@ -20,6 +22,8 @@ $(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sd
 	$(PIP) --no-deps --target $(VENV)/typings tensorrt-stubs==$(STUBS)
 	sed -i -e 's/\bin: list/inputs: list/' -e 's/channel_axis: int)/channel_axis: int = ...)/' $(VENV)/typings/tensorrt_bindings/tensorrt.pyi
 	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true
+	$(PYTHON) -m venv $(VENV)/triton
+	$(VENV)/triton/bin/python -m pip install -q --disable-pip-version-check --no-deps $(TRITON)
 	runtime/tests/setup.sh $(BIN)/python $(VENV)/sdk
 	touch $@
 
@@ -39,6 +43,7 @@ test: check
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/serving.py
 
 # On a machine with a GPU: the GPU tests and the engines' benchmark, into build/gpu-proof.md.
 gpu-proof: $(READY)

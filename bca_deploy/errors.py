@@ -38,6 +38,10 @@ class BundleError(BcaError):
     """A bundle that is missing, damaged, locked, unsafe or of a newer format."""
 
 
+class ServerError(BcaError):
+    """A server that cannot be reached, is busy, or failed; the message says which."""
+
+
 class MissingDependencyError(BcaError, ImportError):
     """An optional package is needed and absent; the message holds the pip command."""
 

@@ -2,8 +2,9 @@
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from bca_deploy.errors import missing
@@ -114,12 +115,41 @@ def prometheus_collector(session: Any, labels: dict[str, str] | None = None) -> 
                 counter = CounterMetricFamily(f"bca_session_{name}", f"{name} of a bca_deploy session", labels=names)
                 counter.add_metric(values, getattr(found, name))
                 yield counter
-            total, buckets = 0, []
-            for bound, count in zip((*(b / 1e3 for b in BOUNDS_MS), "+Inf"), found.histogram, strict=True):
-                total += count
-                buckets.append((str(bound), total))
+            buckets = _cumulative([bound / 1e3 for bound in BOUNDS_MS], found.histogram)
             histogram = HistogramMetricFamily("bca_session_seconds", "seconds of a call", labels=names)
             histogram.add_metric(values, buckets, found.seconds)
             yield histogram
+
+    return Collector()
+
+
+def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Return the buckets as Prometheus has them: how many were at or below each bound."""
+    return list(zip((*map(str, bounds), "+Inf"), accumulate(counts), strict=True))
+
+
+def queue_collector(batcher: Any, requests: Any) -> Any:
+    """Return a collector of a server's queue and of its answers.
+
+    Args:
+        batcher: the :class:`bca_deploy.batching.Batcher`.
+        requests: counts by kind (an HTTP method, or ``grpc``) and status.
+    """
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    from bca_deploy.batching import BOUNDS
+
+    class Collector:
+        def collect(self) -> Any:
+            yield GaugeMetricFamily("bca_queue_depth", "requests that wait", batcher.depth)
+            yield CounterMetricFamily(
+                "bca_queue_refused", "requests refused because the queue was full", batcher.counts.refused
+            )
+            buckets = _cumulative(BOUNDS, batcher.counts.sizes)
+            yield HistogramMetricFamily("bca_batch_size", "requests that ran together", buckets, batcher.counts.requests)
+            answers = CounterMetricFamily("bca_answers", "requests by kind and status", labels=["kind", "status"])
+            for labels, count in sorted(requests.items()):
+                answers.add_metric(labels, count)
+            yield answers
 
     return Collector()

@@ -1,9 +1,11 @@
 """Fixtures that cost a trace are made once per session; everything else is made where it is used."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from servers import Server, bca_serve, put_stand_in, tritonserver
 
 import bca_deploy
 from bca_deploy.attention import build
@@ -35,6 +37,26 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("exported") / "model"
     module = make_checkpoint(prenorm=True).module(torch.float32)
     return bca_deploy.export(module, out, precision=("fp32", "fp16"))
+
+
+@pytest.fixture(scope="session")
+def served(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`bca serve` over that bundle. Leave it running."""
+    with bca_serve(exported.directory, tmp_path_factory.mktemp("served") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def triton(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real Triton over that bundle's repository, its engine model played by the same file on onnxruntime."""
+    from bca_deploy import triton as packaging
+
+    root = tmp_path_factory.mktemp("triton")
+    # Patient, so that requests which begin together still meet where the machine is busy with other tests.
+    _, engine = packaging.write(exported, root / "models", packaging.Options(max_delay_ms=20))
+    put_stand_in(engine)
+    with tritonserver(root / "models", root / "log") as server:
+        yield server
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SERVING = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -41,7 +42,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_command_and_snippet_runs_in_the_order_of_the_readme(workplace: Path) -> None:
-    pieces = re.findall(r"```(sh|python)\n(.*?)```", TEXT, flags=re.DOTALL)
+    """Those of the serving guide after them."""
+    pieces = re.findall(r"```(sh|python)\n(.*?)```", TEXT + SERVING, flags=re.DOTALL)
     assert len(pieces) >= 5
     for language, text in pieces:
         for command in text.strip().splitlines() if language == "sh" else [[sys.executable, "-c", text]]:

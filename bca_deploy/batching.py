@@ -1,0 +1,183 @@
+"""The bounded queue in front of ``session.run_many``: requests that wait together run together."""
+
+import asyncio
+import math
+import os
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from bca_deploy.errors import BcaError
+from bca_deploy.session import Pair, Session
+
+#: Upper bounds of the histogram of batch sizes.
+BOUNDS = (1, 2, 4, 8, 16, 32, 64)
+
+RunMany = Callable[[Sequence[Pair]], list[tuple[Any, ...]]]
+
+
+class BusyError(BcaError):
+    """The queue is full; try again later."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How requests are put together.
+
+    Attributes:
+        max_batch: requests in one call of ``run_many``; None leaves it to the server, and counts as 1 here.
+        max_delay_ms: how long the first of them waits for more. At 0 a call takes what has come in during the one before,
+            which is all a CPU needs; a GPU gains from a little patience.
+        max_queue: requests that may wait; more are refused.
+    """
+
+    max_batch: int | None = None
+    max_delay_ms: float = 0.0
+    max_queue: int = 64
+
+
+def suitable_batch(session: Session) -> int:
+    """Return how many requests run together by default.
+
+    On the CPU two for each core: a batch of everybody's requests would leave the model idle while everybody's answers are
+    written, and nothing is gained by padding there. Elsewhere 16, since a GPU gains from each one.
+    """
+    return 2 * len(os.sched_getaffinity(0)) if session.explain().chosen.startswith("onnxruntime-cpu") else 16
+
+
+def largest_request(session: Session) -> int:
+    """Return the bytes of the largest request that the bundle allows, and room for what goes around the tensors."""
+    dims = session.dims
+    sizes = {"batch": dims.batch.max, "x_len": dims.x_len.max, "context_len": dims.context_len.max}
+    width = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+    counts = (math.prod(sizes[a] if isinstance(a, str) else a for a in t.axes) * width[t.dtype] for t in session.inputs)
+    return sum(counts) + 64 * 1024
+
+
+@dataclass
+class Counts:
+    """What the queue has done, for the metrics."""
+
+    refused: int = 0
+    requests: int = 0
+    batches: int = 0
+    sizes: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+
+    def add(self, size: int) -> None:
+        """Count one batch."""
+        self.requests += size
+        self.batches += 1
+        self.sizes[bisect_left(BOUNDS, size)] += 1
+
+
+@dataclass(eq=False)
+class _Entry:
+    pair: Pair
+    result: asyncio.Future[tuple[Any, ...]]
+
+
+class Batcher:
+    """Takes requests on the event loop, runs them on one thread of its own.
+
+    Args:
+        run_many: the session's; it spreads a batch over the cores by itself.
+        limits: how requests are put together.
+    """
+
+    def __init__(self, run_many: RunMany, limits: Limits) -> None:
+        self._run_many, self._limits, self._max_batch = run_many, limits, limits.max_batch or 1
+        self._waiting: deque[_Entry] = deque()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bca-batch")
+        self._closing = False
+        self.counts = Counts()
+        self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    async def submit(self, pair: Pair) -> tuple[Any, ...]:
+        """Return the outputs of one request. Cancelling the caller takes a waiting request out of the queue.
+
+        Raises:
+            BusyError: the queue is full.
+        """
+        if self._closing or len(self._waiting) >= self._limits.max_queue:
+            self.counts.refused += 1
+            reason = "the server is stopping" if self._closing else f"{len(self._waiting)} requests are waiting"
+            raise BusyError(f"{reason}, and the queue takes {self._limits.max_queue}; try again later, or on another replica")
+        entry = _Entry(pair, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
+        self._arrived.set()
+        try:
+            return await entry.result
+        finally:
+            if entry.result.cancelled() and entry in self._waiting:
+                self._waiting.remove(entry)
+
+    async def close(self) -> None:
+        """Finish what waits, then stop."""
+        self._closing = True
+        self._arrived.set()
+        await self._worker
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if not self._waiting:
+                if self._closing:
+                    return
+                self._arrived.clear()
+                continue
+            await self._patience()
+            batch = self._take()
+            if batch:
+                await self._run(batch)
+
+    async def _patience(self) -> None:
+        """Wait for more requests, as long as the first may wait."""
+        if not self._limits.max_delay_ms:
+            return
+        until = asyncio.get_running_loop().time() + self._limits.max_delay_ms / 1e3
+        while len(self._waiting) < self._max_batch and not self._closing:
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._arrived.wait()
+            except TimeoutError:
+                break
+        self._arrived.set()
+
+    def _take(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        while self._waiting and len(batch) < self._max_batch:
+            entry = self._waiting.popleft()
+            if not entry.result.done():  # else its caller has given up
+                batch.append(entry)
+        return batch
+
+    async def _run(self, batch: list[_Entry]) -> None:
+        loop = asyncio.get_running_loop()
+        self.counts.add(len(batch))
+        try:
+            results = await loop.run_in_executor(self._thread, self._run_many, [entry.pair for entry in batch])
+        except Exception as error:  # handed to whoever asked
+            await self._one_by_one(batch, error)
+            return
+        for entry, result in zip(batch, results, strict=True):
+            if not entry.result.done():
+                entry.result.set_result(result)
+
+    async def _one_by_one(self, batch: list[_Entry], error: Exception) -> None:
+        """Run a batch that failed request by request, so that one bad request does not fail its neighbours."""
+        if len(batch) > 1:
+            for entry in batch:
+                await self._run([entry])
+        elif not batch[0].result.done():
+            batch[0].result.set_exception(error)

@@ -1,0 +1,143 @@
+"""The session as a KServe model: its REST endpoints and its gRPC service, on arrays instead of lists."""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from kserve import Model, ModelRepository
+from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+from kserve.protocol.grpc.servicer import InferenceServicer
+from kserve.protocol.rest.server import metrics_handler
+from kserve.protocol.rest.v2_endpoints import V2Endpoints
+
+from bca_deploy import wire, wire_rest
+from bca_deploy.batching import Batcher
+from bca_deploy.contract import Contract
+from bca_deploy.session import Session
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
+    """A session behind a queue, under KServe's interface."""
+
+    def __init__(self, name: str, session: Session, batcher: Batcher) -> None:
+        super().__init__(name)
+        self._session, self._batcher = session, batcher
+        advice = "cut the sequence into pieces, or export again with wider dims"
+        self._contract = Contract(session.inputs, session.dims, advice, session.profiles)
+        self._outputs = [tensor.name for tensor in session.outputs]
+        self.ready = True
+
+    def validate(self, payload: wire.Request) -> wire.Request:
+        """Return the request; its inputs are checked in ``predict``."""
+        return payload
+
+    async def predict(self, payload: wire.Request, headers: Any = None) -> wire.Answer:
+        """Check one request, wait for its turn, and return its outputs."""
+        wire.check_outputs(payload, self._outputs)
+        ready = self._contract.check(self._contract.bind((), payload.inputs), payload.cast)
+        results = await self._batcher.submit(tuple(ready[name] for name in self._contract.names))
+        return wire.wanted(payload, dict(zip(self._outputs, results, strict=True)))
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        """Return the inputs for the model's metadata; -1 is a size that varies."""
+        return [_metadata(tensor) for tensor in self._session.inputs]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        """Return the outputs likewise."""
+        return [_metadata(tensor) for tensor in self._session.outputs]
+
+
+def _metadata(tensor: Any) -> dict[str, Any]:
+    shape = [axis if isinstance(axis, int) else -1 for axis in tensor.axes]
+    return {"name": tensor.name, "datatype": wire.DATATYPE[tensor.dtype], "shape": shape}
+
+
+def plane_of(model: BundleModel) -> DataPlane:
+    """Return KServe's data plane with this model alone."""
+    registry = ModelRepository()
+    registry.update(model)
+    return DataPlane(model_registry=registry)
+
+
+class Endpoints(V2Endpoints):  # type: ignore[misc]
+    """KServe's REST endpoints, with tensors that never become lists, a limit on the body and a deadline."""
+
+    def __init__(self, plane: DataPlane, max_body_bytes: int, deadline_s: float) -> None:
+        super().__init__(plane, None)
+        self._max_body_bytes, self._deadline_s = max_body_bytes, deadline_s
+
+    async def infer(self, request: HttpRequest, model_name: str) -> Response:
+        """Run the model."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                body = await self._body(request)
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {self._deadline_s:g} s") from None
+        asked = wire_rest.from_rest(body, request.headers.get(HEADER_LENGTH))
+        del body
+        async with asyncio.timeout(self._deadline_s):
+            answer, _ = await self.dataplane.infer(model_name, asked)
+        content, head = wire_rest.to_rest(answer, model_name)
+        if head is None:
+            return Response(content, media_type="application/json")
+        return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
+
+    async def _body(self, request: HttpRequest) -> bytes:
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                raise HTTPException(413, f"the body has more than {self._max_body_bytes} bytes, which is the limit here")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+
+def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
+    """Add the routes that serve; KServe's others, which load and unload models, are left out."""
+    for path, endpoint in {
+        "/v2": endpoints.metadata,
+        "/v2/health/live": endpoints.live,
+        "/v2/health/ready": endpoints.ready,
+        "/v2/models": endpoints.models,
+        "/v2/models/{model_name}": endpoints.model_metadata,
+        "/v2/models/{model_name}/ready": endpoints.model_ready,
+        "/metrics": metrics_handler,
+    }.items():
+        app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route("/v2/models/{model_name}/infer", endpoints.infer, methods=["POST"], response_model=None)
+
+
+class Servicer(InferenceServicer):  # type: ignore[misc]
+    """KServe's gRPC service, with tensors that share the message's memory, and a deadline."""
+
+    def __init__(self, plane: DataPlane, deadline_s: float) -> None:
+        super().__init__(plane, None)
+        self._deadline_s = deadline_s
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802  (the protocol's name)
+        """Run the model."""
+        async with asyncio.timeout(self._deadline_s):
+            answer, _ = await self._data_plane.infer(request.model_name, wire.from_grpc(request))
+        tensor = pb.ModelInferResponse.InferOutputTensor
+        return pb.ModelInferResponse(
+            model_name=request.model_name,
+            id=request.id,
+            outputs=[
+                tensor(name=name, datatype=wire.DATATYPE[array.dtype.name], shape=array.shape)
+                for name, array in answer.outputs.items()
+            ],
+            raw_output_contents=[array.tobytes() for array in answer.outputs.values()],
+        )
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Refuse: one server, one bundle."""
+        raise NotImplementedError("this server has one bundle, and keeps it")
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Refuse likewise."""
+        raise NotImplementedError("this server has one bundle, and keeps it")

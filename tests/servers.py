@@ -1,0 +1,183 @@
+"""Starts the servers that tests talk to, on loopback and free ports, and stops them."""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import native
+import pytest
+
+BCA = (sys.executable, "-c", "from bca_deploy.cli import main; main()")
+
+
+@dataclass
+class Server:
+    """A server that is ready. Its addresses are without a scheme."""
+
+    process: "subprocess.Popen[bytes]"
+    http: str
+    grpc: str
+    log: Path
+    scheme: str = "http"
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(f"{self.scheme}://{self.http}{path}", timeout=30, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.scheme}://{self.http}{path}", timeout=30, **options)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(40)
+
+    def rss_mb(self) -> float:
+        text = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        found = re.search(r"VmRSS:\s+(\d+) kB", text)
+        assert found is not None
+        return int(found[1]) / 1e3
+
+
+@contextlib.contextmanager
+def bca_serve(
+    bundle: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = BCA
+) -> Iterator[Server]:
+    """`bca serve` as its own process; leaving the context kills what is left of it."""
+    command = [*program, "serve", str(bundle), "--http-port", "0", "--grpc-port", "0", *options]
+    with log.open("ab") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | (env or {}))
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode()
+        found = re.match(r"serving \S+ on (https?)://(\S+) and grpcs?://(\S+): ", line)
+        assert found is not None, f"{line}\n{log.read_text(encoding='utf-8')}"
+        yield Server(process, found[2], found[3], log, found[1])
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout and process.stdout.close()
+
+
+@contextlib.contextmanager
+def cpp_serve(bundle: Path, log: Path) -> Iterator[Server]:
+    """The example server of runtime/, built for users, with the model `bca`; skips where it cannot be built."""
+    if lacking := native.missing("library"):
+        pytest.skip(f"runtime/ is not built without {', '.join(lacking)}; make setup as root installs it, or says the command")
+    program = native.build("release") / "examples" / "grpc_server"
+    command: list[str | Path] = [program, bundle, "--address", "127.0.0.1:0", "--name", "bca"]
+    with log.open("ab") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=native.environment())
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode()
+        found = re.match(r"listening on port (\d+), model bca", line)
+        assert found is not None, f"{line}\n{log.read_text(encoding='utf-8')}"
+        yield Server(process, "", f"127.0.0.1:{found[1]}", log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for what another process does; fails when it does not."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds:g} s"
+        time.sleep(0.02)
+
+
+def triton_environment() -> Path:
+    """The environment that `make setup` made for Triton; skips on the Python for which there is none."""
+    if sys.version_info >= (3, 13):
+        pytest.skip("this Triton's python backend needs numpy 1, which has no build for Python 3.13")
+    return Path(sys.prefix) / "triton"
+
+
+def _tritonserver(log: Path) -> tuple[list[str], dict[str, str]]:
+    environment = triton_environment()
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    home = environment / "lib" / f"python{python}" / "site-packages" / "pytriton" / "tritonserver"
+    stub = home / "backends" / "python" / "triton_python_backend_stub"
+    if not stub.exists():
+        with contextlib.suppress(FileExistsError):
+            stub.symlink_to(home / "python_backend_stubs" / python / stub.name)
+    # The backend embeds the python3 that it finds on the path, and needs its library.
+    path = {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
+    command = [str(home / "bin" / "tritonserver"), "--backend-directory", str(home / "backends"), "--allow-metrics", "false"]
+    return command, os.environ | path
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below those that the system gives to other sockets, so that they are still free when a server binds them."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(15_000, 32_000)  # noqa: S311  (no secret)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+    return found
+
+
+@contextlib.contextmanager
+def tritonserver(repository: Path, log: Path, env: dict[str, str] | None = None, ready: bool = True) -> Iterator[Server]:
+    """The real Triton; without ``ready`` the context begins when it has given up."""
+    command, environment = _tritonserver(log)
+    http, grpc = free_ports(2)
+    listen = ["--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1", "--http-port", str(http), "--grpc-port", str(grpc)]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*command, *listen, "--model-repository", str(repository)],
+            stdout=output,
+            stderr=output,
+            env=environment | (env or {}),
+            cwd=repository,
+        )
+    server = Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
+    try:
+        if ready:
+            _wait(server)
+        else:
+            process.wait(60)
+        yield server
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
+        process.wait()
+
+
+def _wait(server: Server) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        assert server.process.poll() is None, server.log.read_text(encoding="utf-8")[-6000:]
+        with contextlib.suppress(httpx.TransportError):
+            if server.get("/v2/health/ready").status_code == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(server.log.read_text(encoding="utf-8")[-6000:])
+
+
+def put_stand_in(engine: Path) -> None:
+    """Replace an engine model, whose backend this Triton has not, by the same file on onnxruntime."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    path = engine / "config.pbtxt"
+    config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    config.backend = "python"
+    config.ClearField("platform")
+    config.ClearField("default_model_filename")
+    path.write_text(text_format.MessageToString(config), encoding="utf-8")
+    shutil.copyfile(Path(__file__).parent / "triton_stand_in.py", engine / "1" / "model.py")

@@ -1,0 +1,162 @@
+"""The queue: what waits together runs together, a full queue refuses, and nobody pays for a neighbour's mistake."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from bca_deploy.batching import Batcher, BusyError, Limits
+
+
+class Model:
+    """A session's run_many that doubles numbers, holds on request, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run_many(self, pairs: Sequence[Any]) -> list[tuple[Any, ...]]:
+        self.batches.append([pair[0] for pair in pairs])
+        assert self.gate.wait(10)
+        if any(pair[0] < 0 for pair in pairs):
+            raise ValueError("a negative number")
+        return [(pair[0] * 2,) for pair in pairs]
+
+
+def run(limits: Limits, scenario: Callable[[Model, Batcher], Any]) -> Any:
+    async def main() -> Any:
+        model = Model()
+        batcher = Batcher(model.run_many, limits)
+        try:
+            async with asyncio.timeout(20):
+                return await scenario(model, batcher)
+        finally:
+            model.gate.set()
+            await batcher.close()
+
+    return asyncio.run(main())
+
+
+async def held(model: Model, batcher: Batcher) -> "asyncio.Task[Any]":
+    """A request that occupies the model until the gate opens."""
+    model.gate.clear()
+    first = asyncio.create_task(batcher.submit((0,)))
+    while not model.batches:
+        await asyncio.sleep(0.001)
+    return first
+
+
+def test_every_request_gets_its_own_result() -> None:
+    async def scenario(_: Model, batcher: Batcher) -> list[Any]:
+        return await asyncio.gather(*(batcher.submit((n,)) for n in range(50)))
+
+    assert run(Limits(max_batch=7), scenario) == [(2 * n,) for n in range(50)]
+
+
+def test_requests_that_come_in_during_a_batch_run_together_up_to_the_limit() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> list[list[int]]:
+        first = await held(model, batcher)
+        rest = [asyncio.create_task(batcher.submit((n,))) for n in range(1, 7)]
+        await asyncio.sleep(0.01)
+        assert batcher.depth == 6
+        model.gate.set()
+        await asyncio.gather(first, *rest)
+        return model.batches
+
+    assert run(Limits(max_batch=4), scenario) == [[0], [1, 2, 3, 4], [5, 6]]
+
+
+def test_the_first_request_waits_for_more_as_long_as_it_may() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> list[list[int]]:
+        first = asyncio.create_task(batcher.submit((0,)))
+        await asyncio.sleep(0.02)
+        await asyncio.gather(first, batcher.submit((1,)))
+        return model.batches
+
+    assert run(Limits(max_delay_ms=2000, max_batch=2), scenario) == [[0, 1]]
+    assert run(Limits(max_delay_ms=0, max_batch=2), scenario) == [[0], [1]]
+
+
+def test_a_lone_request_runs_when_its_patience_is_over() -> None:
+    async def scenario(_: Model, batcher: Batcher) -> Any:
+        return await batcher.submit((4,))
+
+    assert run(Limits(16, max_delay_ms=30), scenario) == (8,)
+
+
+def test_a_full_queue_refuses_and_counts_it_and_takes_requests_again_afterwards() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> None:
+        first = await held(model, batcher)
+        waiting = [asyncio.create_task(batcher.submit((n,))) for n in (1, 2)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(BusyError, match="2 requests are waiting, and the queue takes 2; try again later"):
+            await batcher.submit((3,))
+        assert batcher.counts.refused == 1
+        model.gate.set()
+        await asyncio.gather(first, *waiting)
+        assert await batcher.submit((3,)) == (6,)
+
+    run(Limits(max_queue=2), scenario)
+
+
+def test_one_bad_request_fails_alone() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> list[Any]:
+        first = await held(model, batcher)
+        rest = [asyncio.create_task(batcher.submit((n,))) for n in (1, -1, 2)]
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        return await asyncio.gather(first, *rest, return_exceptions=True)
+
+    results = run(Limits(16), scenario)
+    assert results[:2] == [(0,), (2,)]
+    assert isinstance(results[2], ValueError)
+    assert results[3] == (4,)
+
+
+def test_a_request_whose_caller_gave_up_leaves_the_queue_and_never_runs() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> list[list[int]]:
+        first = await held(model, batcher)
+        gone = asyncio.create_task(batcher.submit((1,)))
+        kept = asyncio.create_task(batcher.submit((2,)))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        assert batcher.depth == 1
+        model.gate.set()
+        await asyncio.gather(first, kept)
+        return model.batches
+
+    assert run(Limits(16), scenario) == [[0], [2]]
+
+
+def test_closing_finishes_what_waits_and_refuses_what_comes_later() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> list[Any]:
+        first = await held(model, batcher)
+        waiting = [asyncio.create_task(batcher.submit((n,))) for n in (1, 2)]
+        await asyncio.sleep(0.01)
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.01)
+        with pytest.raises(BusyError, match="the server is stopping"):
+            await batcher.submit((9,))
+        model.gate.set()
+        await closing
+        return await asyncio.gather(first, *waiting)
+
+    assert run(Limits(16), scenario) == [(0,), (2,), (4,)]
+
+
+def test_batches_are_counted_by_size() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> Any:
+        first = await held(model, batcher)
+        rest = [asyncio.create_task(batcher.submit((n,))) for n in (1, 2, 3)]
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(first, *rest)
+        return batcher.counts
+
+    counts = run(Limits(16), scenario)
+    assert (counts.batches, counts.requests) == (2, 4)
+    assert counts.sizes == [1, 0, 1, 0, 0, 0, 0, 0]

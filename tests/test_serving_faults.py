@@ -1,0 +1,406 @@
+"""What goes wrong in production: overload, slow and broken clients, stops and kills, requests that make no sense."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from servers import BCA, Server, bca_serve, free_ports, until
+from test_serving import INFER, metrics, request
+from test_session import make
+from tritonclient.grpc import service_pb2 as pb
+
+from bca_deploy.bundle import Bundle
+from bca_deploy.client import RemoteSession
+from bca_deploy.errors import BcaError, ServerError
+
+
+@pytest.fixture(scope="module")
+def slow_request() -> dict[str, np.ndarray]:
+    """The largest that the bundle takes: some tenths of a second."""
+    return make(8, 2048, 2048)
+
+
+@pytest.fixture(scope="module")
+def narrow(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One request at a time, and one may wait."""
+    log = tmp_path_factory.mktemp("narrow") / "log"
+    with bca_serve(exported.directory, log, "--max-batch", "1", "--max-queue", "1") as server:
+        yield server
+
+
+def test_overload_is_refused_with_429_and_the_server_recovers(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
+    body, headers = request(slow_request)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: narrow.post(INFER, content=body, headers=headers), range(8)))
+    statuses = sorted(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"].startswith("1 requests are waiting, and the queue takes 1; try again later")
+    assert metrics(narrow)["bca_queue_refused_total"] >= statuses.count(429)
+    assert narrow.post(INFER, content=body, headers=headers).status_code == 200
+
+
+def test_overload_over_grpc_is_resource_exhausted(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
+    with RemoteSession(f"grpc://{narrow.grpc}") as remote, ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(remote.run, slow_request) for _ in range(8)]
+        errors = [error for call in calls if (error := call.exception()) is not None]
+        assert 0 < len(errors) < 8
+        for error in errors:
+            assert isinstance(error, ServerError)
+            assert "the server is busy" in str(error)
+        assert len(remote.run(slow_request)) == 2
+
+
+def test_a_request_that_does_not_get_its_turn_in_time_is_given_up(
+    exported: Bundle, slow_request: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    body, headers = request(slow_request)
+    with (
+        bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "0.05", "--max-batch", "1") as server,
+        RemoteSession(f"grpc://{server.grpc}") as remote,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def statuses() -> list[int]:
+            calls = [pool.submit(server.post, INFER, content=body, headers=headers) for _ in range(4)]
+            return [call.result().status_code for call in calls]
+
+        def errors() -> str:
+            calls = [pool.submit(remote.run, slow_request) for _ in range(4)]
+            return " ".join(str(call.exception()) for call in calls)
+
+        # Whoever comes late on a busy machine is refused for the body's arrival, and on a fast one the first is answered.
+        until(lambda: 504 in statuses())
+        until(lambda: "not answered before the server's deadline" in errors())
+        until(lambda: metrics(server)["bca_queue_depth"] == 0)
+        until(lambda: len(quietly(remote, make(1, 4, 3))) == 2)
+
+
+def quietly(remote: RemoteSession, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        return remote.run(inputs)
+    except ServerError:
+        return {}
+
+
+def test_the_clients_own_deadline_holds(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
+    with RemoteSession(f"grpc://{narrow.grpc}", deadline_s=0.02) as impatient, RemoteSession(f"grpc://{narrow.grpc}") as remote:
+        assert impatient.inputs == remote.inputs
+        with pytest.raises(ServerError, match=r"no answer within 0\.02 s .*; raise deadline_s"):
+            impatient.run(slow_request)
+        until(lambda: len(quietly(remote, slow_request)) == 2)
+
+
+def connected(server: Server) -> socket.socket:
+    host, port = server.http.rsplit(":", 1)
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def head(length: int) -> bytes:
+    return f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def test_a_client_that_sends_slowly_is_cut_off_and_blocks_nobody(exported: Bundle, tmp_path: Path) -> None:
+    with bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "3") as server:
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(connected(server)) for _ in range(20)]
+            for client in slow:
+                client.sendall(head(1000) + b'{"inp')
+            body, headers = request(make(1, 4, 3))
+            began = time.monotonic()
+            assert server.post(INFER, content=body, headers=headers).status_code == 200
+            assert time.monotonic() - began < 2.5, "it had to wait for the slow ones"
+            for client in slow:
+                assert b" 408 " in client.recv(100).split(b"\r\n")[0]
+        assert server.post(INFER, content=body, headers=headers).status_code == 200
+
+
+def test_a_client_that_reads_slowly_blocks_nobody(served: Server, slow_request: dict[str, np.ndarray]) -> None:
+    body, headers = request(slow_request)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(connected(served))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        for _ in range(5):
+            small, headers = request(make(1, 4, 3))
+            assert served.post(INFER, content=small, headers=headers).status_code == 200
+    until(lambda: metrics(served)["bca_queue_depth"] == 0)
+
+
+def test_a_body_that_breaks_off_is_no_request_and_the_next_one_works(served: Server) -> None:
+    body, headers = request(make(1, 4, 3))
+    for sent in (b"", body[:10], body[:-1]):
+        with connected(served) as client:
+            client.sendall(head(len(body)) + sent)
+            client.shutdown(socket.SHUT_WR)
+            answer = client.recv(100)
+        assert answer == b"" or b" 4" in answer.split(b"\r\n")[0]
+        assert served.post(INFER, content=body, headers=headers).status_code == 200
+
+
+def in_flight(server: Server, inputs: dict[str, np.ndarray], pool: ThreadPoolExecutor) -> "tuple[Future[Any], Future[Any]]":
+    """The server's first REST and gRPC requests; the model works on them, or they wait for it."""
+    body, headers = request(inputs)
+    remote = RemoteSession(f"grpc://{server.grpc}")
+    assert remote.inputs  # the connection is there
+    calls = pool.submit(server.post, INFER, content=body, headers=headers), pool.submit(remote.run, inputs)
+    until(lambda: arrived(server) == 2)
+    return calls
+
+
+def arrived(server: Server) -> float:
+    found = metrics(server)
+    return found["bca_batch_size_sum"] + found["bca_queue_depth"]
+
+
+def test_a_model_that_fails_is_500_with_the_reason_in_the_log_alone(exported: Bundle, tmp_path: Path) -> None:
+    broken = "from bca_deploy import session; session.Session.run_many = lambda *_: 1 / 0; "
+    program = (*BCA[:2], broken + BCA[2])
+    body, headers = request(make(1, 4, 3))
+    with bca_serve(exported.directory, tmp_path / "log", program=program) as server:
+        answer = server.post(INFER, content=body, headers=headers)
+        assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log says why"})
+        with (
+            RemoteSession(f"grpc://{server.grpc}") as remote,
+            pytest.raises(ServerError, match="INTERNAL: the server failed; its log says why"),
+        ):
+            remote.run(make(1, 4, 3))
+        assert server.log.read_text(encoding="utf-8").count("ZeroDivisionError: division by zero") >= 2
+        assert server.get("/v2/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_what_is_in_flight_and_ends_well(
+    exported: Bundle, slow_request: dict[str, np.ndarray], tmp_path: Path, number: int
+) -> None:
+    with bca_serve(exported.directory, tmp_path / "log") as server, ThreadPoolExecutor(2) as pool:
+        rest, remote = in_flight(server, slow_request, pool)
+        server.process.send_signal(number)
+        assert server.process.wait(30) == 0
+        assert rest.result().status_code == 200
+        assert len(remote.result()) == 2
+        log = server.log.read_text(encoding="utf-8")
+        assert "stopping: no new requests are taken" in log
+        assert "Traceback" not in log
+        with pytest.raises(httpx.ConnectError):
+            server.get("/v2/health/live")
+
+
+@pytest.mark.slow
+def test_a_kill_under_load_is_a_clear_error_at_the_client_and_a_restart_serves_again(exported: Bundle, tmp_path: Path) -> None:
+    http, rpc = free_ports(2)
+    options = ("--http-port", str(http), "--grpc-port", str(rpc))
+    inputs, errors, done = make(1, 64, 64), list[Exception](), threading.Event()
+    answered = 0
+
+    def load(remote: RemoteSession) -> None:
+        nonlocal answered
+        while not done.is_set():
+            try:
+                remote.run(inputs)
+                answered += 1
+            except BcaError as error:
+                errors.append(error)
+
+    with (
+        RemoteSession(f"grpc://127.0.0.1:{rpc}", deadline_s=5, attempts=2) as remote,
+        ThreadPoolExecutor(4) as pool,
+        contextlib.ExitStack() as stop,
+    ):
+        stop.callback(done.set)
+        with bca_serve(exported.directory, tmp_path / "log", *options) as server:
+            assert remote.inputs
+            for _ in range(4):
+                pool.submit(load, remote)
+            until(lambda: answered > 50)
+            server.process.kill()
+            server.process.wait()
+            until(lambda: len(errors) > 4)
+        for error in errors:
+            assert isinstance(error, ServerError)
+            assert "the server is not there or went away" in str(error)
+        with bca_serve(exported.directory, tmp_path / "log", *options):
+            before = answered
+            until(lambda: answered > before + 50)
+
+
+@pytest.mark.slow
+def test_thousands_of_good_requests_need_no_more_memory_than_hundreds(attacked: Server) -> None:
+    with RemoteSession(f"grpc://{attacked.grpc}") as remote, ThreadPoolExecutor(4) as pool:
+        requests = [make(1, n, 65 - n, n) for n in range(1, 65)]
+        list(pool.map(remote.run, requests * 8))
+        before = attacked.rss_mb()
+        list(pool.map(remote.run, requests * 40))
+    assert attacked.rss_mb() < before * 1.05
+
+
+GOOD = make(1, 4, 3)
+
+names = st.sampled_from(["x", "context", "mask", "context_mask", "out", "", "x\0", "X", "ü"])
+sizes = st.lists(st.sampled_from([0, 1, 3, 4, 16, 24, 9, 2049, -1, -(2**63), 2**31, 2**62, 2**63 - 1]), max_size=5)
+datatypes = st.sampled_from(["FP32", "BOOL", "FP64", "FP16", "BF16", "INT64", "BYTES", "", "fp32", "FP32\n"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+parameters = st.dictionaries(
+    st.sampled_from(["binary_data_size", "binary_data", "binary_data_output", "cast", "shared_memory_region", "?"]),
+    json_values | st.integers(-5, 400),
+    max_size=3,
+)
+rest_tensors = st.fixed_dictionaries(
+    {}, optional={"name": names, "shape": sizes, "datatype": datatypes, "data": json_values, "parameters": parameters}
+)
+rest_bodies = st.fixed_dictionaries(
+    {"inputs": st.lists(rest_tensors, max_size=5) | json_values},
+    optional={"id": json_values, "outputs": st.lists(rest_tensors, max_size=3) | json_values, "parameters": parameters},
+)
+
+
+def good_body() -> bytes:
+    body, headers = request(GOOD)
+    assert int(headers["Inference-Header-Content-Length"]) < len(body)
+    return body
+
+
+@st.composite
+def broken(draw: Any) -> tuple[bytes, str | None]:
+    """Bytes that were a good request until something cut, doubled or changed them."""
+    body = bytearray(good_body())
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, max(len(body) - 1, 0)))
+        match draw(st.sampled_from(["cut", "change", "insert", "drop"])):
+            case "cut":
+                del body[place:]
+            case "change" if body:
+                body[place] = draw(st.integers(0, 255))
+            case "insert":
+                body[place:place] = draw(st.binary(max_size=20))
+            case "drop":
+                del body[place : place + draw(st.integers(1, 50))]
+    length = draw(st.sampled_from([None, "0", "-1", "5", "400", str(len(body)), str(10**12), "abc", "nan"]))
+    return bytes(body), length
+
+
+rest_requests = (
+    broken()
+    | st.tuples(st.binary(max_size=200), st.none() | st.text("0123456789", max_size=4))
+    | st.tuples(rest_bodies.map(lambda b: json.dumps(b).encode()), st.none())
+    | st.integers(500, 20_000).map(lambda depth: (b'{"inputs":' + b"[" * depth + b"]" * depth + b"}", None))
+)
+
+
+@st.composite
+def grpc_requests_of(draw: Any) -> bytes:
+    """A message whose fields do not fit each other, or bytes that are hardly a message at all."""
+    made = pb.ModelInferRequest(model_name="bca")
+    for name in draw(st.lists(names, max_size=5)):
+        shape = [size for size in draw(sizes) if size < 2**63]
+        tensor = made.inputs.add(name=name, datatype=draw(datatypes), shape=shape)
+        match draw(st.sampled_from(["raw", "good", "values", "nothing"])):
+            case "raw":
+                made.raw_input_contents.append(draw(st.binary(max_size=64)))
+            case "good":
+                made.raw_input_contents.append(GOOD["x"].tobytes())
+            case "values":
+                tensor.contents.fp32_contents.extend(draw(st.lists(st.floats(width=32), max_size=4)))
+    for name in draw(st.lists(names, max_size=2)):
+        made.outputs.add(name=name)
+    return bytes(made.SerializeToString() + draw(st.just(b"") | st.binary(max_size=60)))
+
+
+grpc_requests = grpc_requests_of() | st.binary(max_size=200).map(lambda noise: b"\n\x03bca" + noise)
+
+
+@pytest.fixture(scope="module")
+def attacked(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with bca_serve(exported.directory, tmp_path_factory.mktemp("attacked") / "log") as server:
+        yield server
+
+
+ATTACK = settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.slow
+def test_five_hundred_malformed_rest_requests_are_refused_and_leave_nothing_behind(attacked: Server) -> None:
+    with httpx.Client(base_url=f"http://{attacked.http}", timeout=30) as client:
+
+        def send(sent: tuple[bytes, str | None]) -> None:
+            headers = {} if sent[1] is None else {"Inference-Header-Content-Length": sent[1]}
+            answer = client.post(INFER, content=sent[0], headers=headers)
+            assert answer.status_code in (200, 400), answer.text
+            assert answer.status_code == 200 or answer.json()["error"]
+
+        unharmed(attacked, rest_requests, send)
+
+
+@pytest.mark.slow
+def test_five_hundred_malformed_grpc_requests_are_refused_and_leave_nothing_behind(attacked: Server) -> None:
+    with grpc.insecure_channel(attacked.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+        def send(sent: bytes) -> None:
+            assert status(call, sent) in ("OK", "INVALID_ARGUMENT")
+
+        unharmed(attacked, grpc_requests, send)
+
+
+def status(call: Any, sent: bytes) -> str:
+    try:
+        call(sent, timeout=30)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+def unharmed(server: Server, requests: "st.SearchStrategy[Any]", send: Callable[[Any], None]) -> None:
+    """Send them all, then all of them again: the process lives, has grown by nothing between the two, and works."""
+    sent: list[Any] = []
+
+    @ATTACK
+    @given(requests)
+    def attack(one: Any) -> None:
+        sent.append(one)
+        send(one)
+
+    attack()
+    assert len(sent) >= 500
+    before, files = server.rss_mb(), open_files(server)
+    for one in sent:
+        send(one)
+    assert server.process.poll() is None
+    assert server.rss_mb() < before * 1.03
+    assert open_files(server) <= files + 2
+    assert metrics(server)["bca_queue_depth"] == 0
+    log = server.log.read_text(encoding="utf-8")
+    assert re.search(r" 5\d\d \d+\.\d ms|INTERNAL|Traceback", log) is None
+    body, headers = request(GOOD)
+    assert server.post(INFER, content=body, headers=headers).status_code == 200
+
+
+def open_files(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
