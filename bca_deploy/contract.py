@@ -158,7 +158,7 @@ class Contract:
 
     def _cast(self, entry: _Input, array: AnyArray, cast: bool) -> Array:
         mask = entry.dtype == np.bool_
-        possible = array.dtype.kind in ("iu" if mask else "f") or array.dtype.name == "bfloat16"
+        possible = array.dtype.kind in "iu" if mask else array.dtype.kind == "f" or array.dtype.name == "bfloat16"
         if not cast or not possible or not isinstance(array, np.ndarray):
             way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
             hint = way_out if possible else ""

@@ -5,6 +5,7 @@
 #include "cast.hpp"
 #include "contract.hpp"
 #include "support.hpp"
+#include "text.hpp"
 
 namespace {
 
@@ -177,6 +178,12 @@ TEST(Names, UnknownOnesGetTheNearest) {
   EXPECT_EQ(message_of<bca::InputError>([] { bca::backend_of("tensort"); }),
             "backend 'tensort' is not known (did you mean 'tensorrt'?); allowed: auto, tensorrt, rtx, onnxruntime-cuda, onnxruntime-cpu");
   EXPECT_HAS(message_of<bca::InputError>([] { bca::dtype_of("flota32"); }), "(did you mean 'float32'?)");
+}
+
+TEST(Names, OneThatIsTooLongToBeAMistakeIsComparedWithNone) {
+  const std::string name(300, 'x');
+  EXPECT_EQ(bca::text::nearest(name, {name + "y"}), "");
+  EXPECT_EQ(bca::text::nearest(name.substr(200), {name.substr(199)}), " (did you mean '" + name.substr(199) + "'?)");
 }
 
 }  // namespace

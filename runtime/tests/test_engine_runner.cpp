@@ -194,11 +194,14 @@ TEST_P(Refusal, IsAnErrorWithTheReasonAndNeverAResultAndTheNextCallIsRight) {
   const bool by_cuda = world.refuse == "wait" || world.refuse == "allocate";
   EXPECT_HAS(message, by_cuda ? "CUDA failed at " + world.refuse : world.refuse == "output shape" ? "the manifest says" : ": the double was told to");
   EXPECT_TRUE(failed.untouched() || world.refuse == "wait");  // only then has the engine run
+  EXPECT_GE(world.count("wait for own"), 2u);  // its copies have ended before its buffers go
   world.refuse = "";
+  const int made = world.made_contexts;
   Request after(6, 4);
   after.run(*runner);
   EXPECT_TRUE(after.right());
-  EXPECT_EQ(world.contexts, 1);  // the failed one is gone
+  EXPECT_EQ(world.made_contexts, made + 1);  // the failed one is not used again
+  EXPECT_EQ(world.contexts, 1);
   EXPECT_EQ(world.memory.size(), 4u);
 }
 
