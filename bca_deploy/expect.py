@@ -1,8 +1,6 @@
 """The user's own inputs and outputs: proof that the layer built here is the one they trained."""
 
 import copy
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import nn
 from bca_deploy.cases import Case, Family, make_inputs
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError, ParityError, nearest
+from bca_deploy.files import read_arrays
 from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Dims, Interface, LayerSpec, Precision
 from bca_deploy.truth import allowed_error, roundoff_slack, run_module, true_outputs
 
@@ -40,14 +39,9 @@ def read(path: Path, needed: tuple[str, ...] = ("x", "context", "out", "context_
 
 
 def _read_npz(path: Path) -> Arrays:
-    try:
-        with path.open("rb") as file:  # opened here: np.load leaves a damaged file open
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
-            arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a readable .npz of plain arrays: {error}; write it with numpy.savez") from error
+    arrays = read_arrays(path)
+    if "" in arrays:
+        raise InputError(f"{path} holds one array without a name; write all of them to one file with numpy.savez")
     unknown = sorted(set(arrays) - {*INPUT_NAMES, *OUTPUT_NAMES})
     if unknown:
         raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*INPUT_NAMES, *OUTPUT_NAMES))}")

@@ -1,6 +1,5 @@
 """`bca run`: one call from files to files, without torch."""
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.errors import InputError
-from bca_deploy.files import replacing
+from bca_deploy.files import read_arrays, replacing
 from bca_deploy.session import Session
 
 Array = NDArray[Any]
@@ -34,14 +33,7 @@ def read_inputs(assignments: Iterable[str]) -> dict[str, Array]:
 def _load(name: str, path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; give --input NAME=FILE.npy, or FILE.npz")
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {name or path.stem: content}
-        with content:
-            return {key: content[key] for key in content.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no readable .npy or .npz file: {error}") from error
+    return {key or name or path.stem: array for key, array in read_arrays(path).items()}
 
 
 def run(session: Session, inputs: dict[str, Array], out: Path, cast: bool, force: bool) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from bca_deploy.bundle import Bundle, Check
 from bca_deploy.contract import Contract, numpy_dtype, shape_of, sizes_of
 from bca_deploy.cuda import DeviceArray
 from bca_deploy.errors import BcaError, InputError, ParityError
+from bca_deploy.files import read_arrays
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
 from bca_deploy.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.spec import Dims, Precision
@@ -216,8 +217,8 @@ class Session:
         Raises:
             ParityError: an output is out of bounds.
         """
-        with np.load(self._bundle.path(SELFTEST_FILE), allow_pickle=False) as arrays:
-            failures = selftest.failures(arrays, self._backend.precision, lambda inputs: self.run(inputs, cast=True))
+        arrays = read_arrays(self._bundle.path(SELFTEST_FILE))
+        failures = selftest.failures(arrays, self._backend.precision, lambda inputs: self.run(inputs, cast=True))
         if failures:
             raise ParityError("; ".join(failures))
 

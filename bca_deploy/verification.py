@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from bca_deploy.bundle import Bundle, safe_path
 from bca_deploy.cases import Scope
 from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.errors import BundleError, ParityError
+from bca_deploy.files import read_arrays
 from bca_deploy.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
 from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.progress import Progress, Silent
@@ -105,11 +105,10 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _run_selftest(bundle: Bundle, model: ModelEntry, path: Path) -> None:
     runner: Runner = strict_runner_of(path) if model.precision == "bf16" else ort_runner(path)
-    with np.load(bundle.path(SELFTEST_FILE), allow_pickle=False) as arrays:
-        failures = selftest.failures(
-            arrays,
-            model.precision,
-            lambda inputs: runner(at_edges(inputs, model.precision, model.keep_io_types)),
-        )
+    failures = selftest.failures(
+        read_arrays(bundle.path(SELFTEST_FILE)),
+        model.precision,
+        lambda inputs: runner(at_edges(inputs, model.precision, model.keep_io_types)),
+    )
     if failures:
         raise ParityError("; ".join(failures))

@@ -298,19 +298,19 @@ BAD_INPUT = {
     ),
     "sample that is text": (
         "--checkpoint {samples}/layer.safetensors --heads 3 --expect {samples}/text.npz",
-        r"text\.npz is not a readable \.npz of plain arrays",
+        r"text\.npz is not a readable \.npz or \.npy of plain arrays",
     ),
     "sample that is truncated": (
         "--checkpoint {samples}/layer.safetensors --heads 3 --expect {samples}/cut.npz",
-        r"cut\.npz is not a readable \.npz of plain arrays",
+        r"cut\.npz is not a readable \.npz or \.npy of plain arrays",
     ),
     "sample that is empty": (
         "--checkpoint {samples}/layer.safetensors --heads 3 --expect {samples}/empty.npz",
-        r"empty\.npz is not a readable \.npz of plain arrays",
+        r"empty\.npz is not a readable \.npz or \.npy of plain arrays",
     ),
     "sample that is one array": (
         "--checkpoint {samples}/layer.safetensors --heads 3 --expect {samples}/one.npy",
-        r"one\.npy is not a readable \.npz of plain arrays",
+        r"one\.npy holds one array without a name",
     ),
 }
 
@@ -870,7 +870,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "flat": ({"context": np.ones((4, 16), np.float32)}, r"context has shape \(4, 16\), needs \[batch, length, 16\]"),
     "mask of floats": ({"mask": np.ones((2, 9), np.float32)}, "mask has dtype float32; allowed: bool"),
     "whole numbers": ({"x": np.ones((2, 9, 24), np.int64)}, "x has dtype int64; allowed: float16, float32, float64"),
-    "objects": ({"x": np.array([None, 1])}, r"bad\.npz is not a readable \.npz of plain arrays"),
+    "objects": ({"x": np.array([None, 1])}, r"bad\.npz is not a readable \.npz or \.npy of plain arrays"),
     "other batch": ({"context": np.ones((3, 4, 16), np.float32)}, "inputs do not fit together"),
     "other length": ({"mask": np.ones((2, 8), bool)}, "inputs do not fit together"),
     "no position": ({"x": np.ones((2, 0, 24), np.float32), "mask": None}, r"\(2, 0, 24\)"),
@@ -918,7 +918,7 @@ def test_outputs_among_own_inputs_are_held_against_the_layer(
 @pytest.mark.parametrize("name", ["nowhere.npz", "text.npz", "cut.npz", "empty.npz", "one.npy"])
 def test_inputs_that_cannot_be_read_are_refused(exported: Bundle, samples: Path, name: str) -> None:
     result = bca("verify", exported.directory, "--inputs", samples / name)
-    refused(result, rf"{re.escape(name)} (is not a readable \.npz of plain arrays|does not exist)")
+    refused(result, rf"{re.escape(name)} (is not a readable \.npz or \.npy of plain arrays|does not exist)")
 
 
 # ---- inspect
