@@ -70,6 +70,8 @@ class Options:
     Attributes:
         precision: of the model; None takes the best that the backend has.
         threads: for onnxruntime on CPU; None takes every core.
+        spinning: onnxruntime on CPU: idle threads wait for the next call by spinning, which makes calls one after another
+            faster, and takes the cores from whatever else runs on them.
         contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
         cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
         cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
@@ -81,6 +83,7 @@ class Options:
 
     precision: Precision | None = None
     threads: int | None = None
+    spinning: bool = True
     contexts: int = 2
     cuda_graphs: int = 0
     cache: Path | None = None

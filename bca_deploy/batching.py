@@ -32,11 +32,13 @@ class Limits:
         max_delay_ms: how long the first of them waits for more. At 0 a call takes what has come in during the one before,
             which is all a CPU needs; a GPU gains from a little patience.
         max_queue: requests that may wait; more are refused.
+        max_running: calls of ``run_many`` at once: one computes while the answers of another are written.
     """
 
     max_batch: int | None = None
     max_delay_ms: float = 0.0
     max_queue: int = 64
+    max_running: int = 2
 
 
 def suitable_batch(session: Session) -> int:
@@ -80,10 +82,10 @@ class _Entry:
 
 
 class Batcher:
-    """Takes requests on the event loop, runs them on one thread of its own.
+    """Takes requests on the event loop, runs them on a few threads of its own.
 
     Args:
-        run_many: the session's; it spreads a batch over the cores by itself.
+        run_many: the session's; it spreads a batch over the cores by itself, and shares them with the other batches.
         limits: how requests are put together.
     """
 
@@ -91,7 +93,8 @@ class Batcher:
         self._run_many, self._limits, self._max_batch = run_many, limits, limits.max_batch or 1
         self._waiting: deque[_Entry] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bca-batch")
+        self._room = asyncio.Semaphore(limits.max_running)
+        self._threads = ThreadPoolExecutor(limits.max_running, thread_name_prefix="bca-batch")
         self._closing = False
         self.counts = Counts()
         self._worker = asyncio.get_running_loop().create_task(self._work())
@@ -125,20 +128,21 @@ class Batcher:
         self._closing = True
         self._arrived.set()
         await self._worker
-        self._thread.shutdown()
+        self._threads.shutdown()
 
     async def _work(self) -> None:
-        while True:
+        async with asyncio.TaskGroup() as running:
+            while await self._requests():
+                await self._room.acquire()
+                await self._patience()
+                running.create_task(self._run(self._take())).add_done_callback(lambda _: self._room.release())
+
+    async def _requests(self) -> bool:
+        """Wait for a request; False where no more will come."""
+        while not self._waiting and not self._closing:
+            self._arrived.clear()
             await self._arrived.wait()
-            if not self._waiting:
-                if self._closing:
-                    return
-                self._arrived.clear()
-                continue
-            await self._patience()
-            batch = self._take()
-            if batch:
-                await self._run(batch)
+        return bool(self._waiting)
 
     async def _patience(self) -> None:
         """Wait for more requests, as long as the first may wait."""
@@ -163,10 +167,12 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Entry]) -> None:
+        if not batch:
+            return
         loop = asyncio.get_running_loop()
         self.counts.add(len(batch))
         try:
-            results = await loop.run_in_executor(self._thread, self._run_many, [entry.pair for entry in batch])
+            results = await loop.run_in_executor(self._threads, self._run_many, [entry.pair for entry in batch])
         except Exception as error:  # handed to whoever asked
             await self._one_by_one(batch, error)
             return

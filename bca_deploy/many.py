@@ -1,6 +1,7 @@
 """Many pairs of different lengths: padded into batches where a GPU likes that, side by side on single threads on a CPU."""
 
 import contextvars
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,13 +134,27 @@ class Many:
     ) -> None:
         self._backend, self._width, self._workers = backend, width, workers
         self._timed, self._executor, self._count_padding = timed, executor, count_padding
+        self._lock, self._running = threading.Lock(), 0
 
     def _sizes(self, ready: Sequence[Pair]) -> list[Size]:
         return [Size(index, width=self._width, **sizes_of(one)) for index, one in enumerate(ready)]
 
     def side_by_side(self, ready: list[Pair]) -> list[Pair]:
-        """Return the outputs of each pair: the large ones on all threads in turn, the others on one thread each."""
-        together, alone = schedule(self._sizes(ready), self._workers)
+        """Return the outputs of each pair: the large ones on all threads in turn, the others on one thread each.
+
+        Calls that run at once share the threads.
+        """
+        with self._lock:
+            self._running += 1
+            workers = max(1, self._workers // self._running)
+        try:
+            return self._side_by_side(ready, workers)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _side_by_side(self, ready: list[Pair], workers: int) -> list[Pair]:
+        together, alone = schedule(self._sizes(ready), workers)
         outputs: dict[int, Pair] = {i: self._timed(self._backend.run, ready[i]) for i in together}
         waiting = deque(alone)
 
@@ -152,9 +167,7 @@ class Many:
                 outputs[index] = self._timed(self._backend.run_alone, ready[index])
 
         # The caller is one of the workers: for short requests, handing each of them over would cost as much as running it.
-        helpers = [
-            self._executor().submit(contextvars.copy_context().run, work) for _ in range(min(self._workers, len(alone)) - 1)
-        ]
+        helpers = [self._executor().submit(contextvars.copy_context().run, work) for _ in range(min(workers, len(alone)) - 1)]
         try:
             work()
         finally:

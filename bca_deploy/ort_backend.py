@@ -54,7 +54,7 @@ class OrtBackend:
         self.dims, self.profiles = bundle.manifest.dims, tuple[Dims, ...]()
         self.pads = name != "onnxruntime-cpu"
         self.gpu: Gpu | None = open_gpu() if self.pads else None
-        self._path, self._cache = bundle.path(model.file), options.cache
+        self._path, self._cache, self._spinning = bundle.path(model.file), options.cache, options.spinning
         self._names = [tensor.name for tensor in model.outputs]
         self._session = self._open(options.threads)
         self._alone: Any = None
@@ -68,6 +68,7 @@ class OrtBackend:
         options.log_severity_level = 3
         if self.gpu is None:  # for the threads of its pool; the calling thread flushes by itself
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
         provider, settings = PROVIDERS[self.name], self._settings()
         return on_own_thread(lambda: _session(ort, self._path, options, provider, settings))
 

@@ -71,7 +71,7 @@ def serve(
     _check_tls(options.tls)
     with (
         _bind(options.host, options.http_port) as listening,
-        open_session(bundle, backend, precision=precision, threads=threads) as session,
+        open_session(bundle, backend, precision=precision, threads=threads, spinning=False) as session,
     ):
         session.selftest()
         asyncio.run(_serve(session, options, listening))

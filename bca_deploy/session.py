@@ -41,6 +41,7 @@ def open_session(  # noqa: PLR0913  (one parameter per option)
     *,
     precision: Precision | None = None,
     threads: int | None = None,
+    spinning: bool = True,
     contexts: int = 2,
     cuda_graphs: int = 0,
     cache: str | Path | None = None,
@@ -55,6 +56,8 @@ def open_session(  # noqa: PLR0913  (one parameter per option)
         backend: ``auto`` takes the fastest that works here; a name takes that one or fails.
         precision: of the model; None takes the first engine that runs here, or the model that the backend runs fastest.
         threads: for onnxruntime on CPU; None takes every core.
+        spinning: onnxruntime on CPU: idle threads wait for the next call by spinning, which makes calls one after another
+            faster, and takes the cores from whatever else runs on them; a server does without.
         contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
         cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
         cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
@@ -71,7 +74,7 @@ def open_session(  # noqa: PLR0913  (one parameter per option)
         EngineError: the backend asked for does not work here.
         MissingDependencyError: onnxruntime is not installed.
     """
-    options = Options(precision, threads, contexts, cuda_graphs, Path(cache) if cache else None, host_code)
+    options = Options(precision, threads, spinning, contexts, cuda_graphs, Path(cache) if cache else None, host_code)
     bundle = Bundle.open(path, verify)
     try:
         chosen, explanation = choose(bundle, backend, options)

@@ -90,7 +90,7 @@ def over_rest(address: str) -> Callable[[], Callable[[], object]]:
 def load(connect: Callable[[], Callable[[], object]], clients: int, seconds: float) -> dict[str, float]:
     """Call from so many threads for so long; every call is timed by its caller."""
     took: list[float] = []
-    ready = threading.Barrier(clients + 1)
+    ready = threading.Barrier(clients + 1, timeout=60)
 
     def client() -> None:
         call = connect()

@@ -66,7 +66,23 @@ def test_requests_that_come_in_during_a_batch_run_together_up_to_the_limit() -> 
         await asyncio.gather(first, *rest)
         return model.batches
 
-    assert run(Limits(max_batch=4), scenario) == [[0], [1, 2, 3, 4], [5, 6]]
+    assert run(Limits(max_batch=4, max_running=1), scenario) == [[0], [1, 2, 3, 4], [5, 6]]
+
+
+def test_a_batch_runs_while_another_does_and_a_third_waits() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> list[list[int]]:
+        first = await held(model, batcher)
+        rest = [asyncio.create_task(batcher.submit((n,))) for n in range(1, 4)]
+        while len(model.batches) < 2:
+            await asyncio.sleep(0.001)
+        more = asyncio.create_task(batcher.submit((4,)))
+        await asyncio.sleep(0.02)
+        assert (model.batches, batcher.depth) == ([[0], [1, 2]], 2)
+        model.gate.set()
+        await asyncio.gather(first, *rest, more)
+        return model.batches
+
+    assert run(Limits(max_batch=2), scenario) == [[0], [1, 2], [3, 4]]
 
 
 def test_the_first_request_waits_for_more_as_long_as_it_may() -> None:
@@ -99,7 +115,7 @@ def test_a_full_queue_refuses_and_counts_it_and_takes_requests_again_afterwards(
         await asyncio.gather(first, *waiting)
         assert await batcher.submit((3,)) == (6,)
 
-    run(Limits(max_queue=2), scenario)
+    run(Limits(max_queue=2, max_running=1), scenario)
 
 
 def test_one_bad_request_fails_alone() -> None:
@@ -110,7 +126,7 @@ def test_one_bad_request_fails_alone() -> None:
         model.gate.set()
         return await asyncio.gather(first, *rest, return_exceptions=True)
 
-    results = run(Limits(16), scenario)
+    results = run(Limits(16, max_running=1), scenario)
     assert results[:2] == [(0,), (2,)]
     assert isinstance(results[2], ValueError)
     assert results[3] == (4,)
@@ -129,7 +145,7 @@ def test_a_request_whose_caller_gave_up_leaves_the_queue_and_never_runs() -> Non
         await asyncio.gather(first, kept)
         return model.batches
 
-    assert run(Limits(16), scenario) == [[0], [2]]
+    assert run(Limits(16, max_running=1), scenario) == [[0], [2]]
 
 
 def test_closing_finishes_what_waits_and_refuses_what_comes_later() -> None:
@@ -145,7 +161,7 @@ def test_closing_finishes_what_waits_and_refuses_what_comes_later() -> None:
         await closing
         return await asyncio.gather(first, *waiting)
 
-    assert run(Limits(16), scenario) == [(0,), (2,), (4,)]
+    assert run(Limits(16, max_running=1), scenario) == [(0,), (2,), (4,)]
 
 
 def test_batches_are_counted_by_size() -> None:
@@ -157,6 +173,6 @@ def test_batches_are_counted_by_size() -> None:
         await asyncio.gather(first, *rest)
         return batcher.counts
 
-    counts = run(Limits(16), scenario)
+    counts = run(Limits(16, max_running=1), scenario)
     assert (counts.batches, counts.requests) == (2, 4)
     assert counts.sizes == [1, 0, 1, 0, 0, 0, 0, 0]

@@ -320,22 +320,23 @@ def test_what_onnxruntime_raises_is_one_of_our_errors_and_names_the_shapes(expor
             session._backend.run(inputs)
 
 
-@pytest.mark.parametrize(("threads", "wanted"), [(1, 1), (3, 3), (None, 0)])
-def test_the_thread_count_reaches_onnxruntime(
-    exported: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int
+@pytest.mark.parametrize(("threads", "wanted", "spinning"), [(1, 1, True), (3, 3, False), (None, 0, True)])
+def test_threads_and_spinning_reach_onnxruntime(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int, spinning: bool
 ) -> None:
     import onnxruntime
 
     seen, real = [], onnxruntime.InferenceSession
 
     def spy(path: str, options: Any, **rest: Any) -> Any:
-        seen.append(options.intra_op_num_threads)
+        spins = options.get_session_config_entry("session.intra_op.allow_spinning")
+        seen.append((options.intra_op_num_threads, spins))
         return real(path, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
-    with bca_deploy.open(exported.directory, threads=threads) as session:
+    with bca_deploy.open(exported.directory, threads=threads, spinning=spinning) as session:
         session.run_many([tuple(make(1, 3, 4, seed).values()) for seed in range(4)])
-    assert seen == [wanted, 1]
+    assert seen == [(wanted, str(int(spinning))), (1, str(int(spinning)))]
 
 
 def test_an_oversized_request_is_refused_before_anything_is_made_of_it(session: Session) -> None:
@@ -354,6 +355,32 @@ def test_pairs_may_come_from_generators_and_torch_goes_out_again(session: Sessio
     inputs = [torch.from_numpy(array) for array in make(1, 3, 4).values()]
     ((out, _),) = session.run_many(iter([iter(inputs)]))
     assert torch.equal(out, session(*inputs)[0])
+
+
+def test_run_many_takes_one_thread_where_another_has_taken_the_rest(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, entered, gate = [tuple(make(1, 3, 4).values())], threading.Event(), threading.Event()
+    with bca_deploy.open(exported.directory, threads=2) as session, ThreadPoolExecutor(1) as pool:
+        run, run_alone, how = session._backend.run, session._backend.run_alone, list[str]()
+
+        def on_all(inputs: Any) -> Any:
+            how.append("all")
+            entered.set()
+            assert gate.wait(10)
+            return run(inputs)
+
+        def on_one(inputs: Any) -> Any:
+            how.append("one")
+            return run_alone(inputs)
+
+        monkeypatch.setattr(session._backend, "run", on_all)
+        monkeypatch.setattr(session._backend, "run_alone", on_one)
+        first = pool.submit(session.run_many, pairs)
+        assert entered.wait(10)
+        session.run_many(pairs)
+        gate.set()
+        first.result()
+        session.run_many(pairs)
+        assert how == ["all", "one", "all"]
 
 
 def test_run_many_does_not_wait_behind_what_it_did_not_need(exported: Bundle) -> None:
@@ -527,7 +554,7 @@ def test_bca_run_refuses_a_damaged_archive_of_arrays(exported: Bundle, tmp_path:
     (tmp_path / "x.npz").write_bytes(whole[: len(whole) // 2])
     done = bca("run", exported.directory, "--input", tmp_path / "x.npz")
     assert done.exit_code == 2
-    assert "x.npz is no readable .npy or .npz file" in done.stderr
+    assert "x.npz is not a readable .npz or .npy of plain arrays" in done.stderr
 
 
 def test_where_one_of_many_fails_the_call_fails_and_the_next_works(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
