@@ -1,4 +1,4 @@
-"""Which requests share one padded run where both of their lengths vary. Triton's front runs this module, on numpy alone."""
+"""Which requests share one padded run where both of their lengths vary; for `run_many` and for Triton's front."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -19,14 +19,14 @@ def grouped(shapes: Mapping[int, Shape], profiles: Sequence[Dims]) -> list[list[
     bands are best depends on the lengths; a few are tried.
 
     Args:
-        shapes: of the requests, at least one.
+        shapes: of the requests.
         profiles: what one run may hold: each fits one of them.
     """
     return min((_banded(shapes, profiles, bands) for bands in (1, 2, 3)), key=len)
 
 
 def _banded(shapes: Mapping[int, Shape], profiles: Sequence[Dims], bands: int) -> list[list[int]]:
-    longest = max(x_len for _, x_len, _ in shapes.values())
+    longest = max((x_len for _, x_len, _ in shapes.values()), default=1)
 
     def order(index: int) -> tuple[int, int, int]:
         _, x_len, context_len = shapes[index]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bca_deploy.backends import Backend
 from bca_deploy.contract import sizes_of
 from bca_deploy.errors import InputError
-from bca_deploy.spec import Dims
+from bca_deploy.grouping import grouped
 
 Array = NDArray[Any]
 #: The checked inputs of one pair, or its outputs, by name.
@@ -25,9 +25,6 @@ Timed = Callable[[Any, Mapping[str, Array]], Pair]
 #: Pairs with more rows than this keep all threads busy by themselves. Side by side against one after another, onnxruntime 1.32
 #: on 2 cores, dims 512/386: 1.17x at 2 x 128 rows, 1.13x at 2 x 256, 1.01x at 2 x 512.
 ALONE_ROWS = 768
-
-#: Of all rows of a batch, at most this share is padding.
-PADDING = 0.25
 
 
 @dataclass(frozen=True)
@@ -57,31 +54,6 @@ class Size:
     def cost(self) -> float:
         """Multiplications, up to a factor: projections go with the rows, attention with the product of the lengths."""
         return self.batch * ((self.x_len + self.context_len) * 2.0 * self.width + 2.0 * self.x_len * self.context_len)
-
-
-def buckets(sizes: Sequence[Size], profiles: Sequence[Dims]) -> list[list[int]]:
-    """Group pairs for padding: similar lengths together, at most ``PADDING`` of each group's rows padding.
-
-    Args:
-        sizes: of the requests.
-        profiles: what one call may hold: at least one of them holds each group.
-
-    Returns:
-        Indices of the requests of each group, every request once.
-    """
-    groups: list[list[Size]] = []
-    for size in sorted(sizes, key=lambda s: (s.x_len, s.context_len)):
-        if not (groups and _fits([*groups[-1], size], profiles)):
-            groups.append([])
-        groups[-1].append(size)
-    return [[size.index for size in group] for group in groups]
-
-
-def _fits(group: list[Size], profiles: Sequence[Dims]) -> bool:
-    pairs, x_len, context_len = sum(s.batch for s in group), max(s.x_len for s in group), max(s.context_len for s in group)
-    padded = {"batch": pairs, "x_len": x_len, "context_len": context_len}
-    full, real = pairs * (x_len + context_len), sum(s.rows for s in group)
-    return any(profile.holds(padded) for profile in profiles) and full - real <= PADDING * full
 
 
 def schedule(sizes: Sequence[Size], workers: int) -> tuple[list[int], list[int]]:
@@ -186,7 +158,8 @@ class Many:
         """
         self._check_padding(ready)
         outputs: list[Pair] = [{} for _ in ready]
-        for group in buckets(self._sizes(ready), self._backend.profiles or (self._backend.dims,)):
+        shapes = {size.index: (size.batch, size.x_len, size.context_len) for size in self._sizes(ready)}
+        for group in grouped(shapes, self._backend.profiles or (self._backend.dims,)):
             batch = self._stack([ready[index] for index in group])
             stacked = self._timed(self._backend.run, batch)
             start = 0

@@ -51,7 +51,7 @@ class TritonPythonModel:
         return [answers[index] for index in range(len(requests))]
 
     def _groups(self, ready: dict[int, Arrays]) -> list[list[int]]:
-        if not (self._together and ready):
+        if not self._together:
             return [[index] for index in ready]
         return grouped({i: (*r["x"].shape[:2], r["context"].shape[1]) for i, r in ready.items()}, self._profiles)
 

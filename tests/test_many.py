@@ -1,38 +1,15 @@
-"""Grouping and scheduling of many pairs: properties over random lengths."""
+"""Scheduling of many pairs: properties over random lengths."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.many import PADDING, Size, buckets, schedule
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.many import Size, schedule
 
 lengths = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=40)
 
 
 def sizes_of(shapes: list[tuple[int, int, int]]) -> list[Size]:
     return [Size(index, *shape, width=64) for index, shape in enumerate(shapes)]
-
-
-def up_to(batch: int, length: int) -> Dims:
-    return Dims(DimRange(1, 1, batch), DimRange(1, 1, length), DimRange(1, 1, length))
-
-
-@given(lengths, st.integers(4, 16))
-def test_every_pair_is_in_one_bucket_and_no_bucket_is_over_its_limits(shapes: list[tuple[int, int, int]], largest: int) -> None:
-    short, long = up_to(largest, 100), up_to(4, 600)
-    groups = buckets(sizes_of(shapes), (short, long))
-    assert sorted(index for group in groups for index in group) == list(range(len(shapes)))
-    for group in groups:
-        batch = sum(shapes[i][0] for i in group)
-        full = batch * (max(shapes[i][1] for i in group) + max(shapes[i][2] for i in group))
-        real = sum(shapes[i][0] * (shapes[i][1] + shapes[i][2]) for i in group)
-        longest = max(max(shapes[i][1:]) for i in group)
-        assert batch <= (largest if longest <= 100 else 4)
-        assert (full - real) / full <= PADDING
-
-
-def test_equal_lengths_fill_whole_buckets() -> None:
-    assert [len(group) for group in buckets(sizes_of([(1, 32, 16)] * 20), (up_to(8, 32),))] == [8, 8, 4]
 
 
 @given(lengths, st.integers(1, 8))

@@ -214,6 +214,11 @@ def test_run_many_equals_one_by_one_on_every_live_row(
             np.testing.assert_allclose(a[keep], b[keep], atol=2e-6)
 
 
+@pytest.mark.parametrize("policy", ["alone", "pad"])
+def test_run_many_of_nothing_is_nothing(session: Session, policy: Any) -> None:
+    assert session.run_many([], policy=policy) == []
+
+
 def test_run_many_names_the_pair_that_does_not_fit(session: Session) -> None:
     good = tuple(make(1, 2, 3).values())
     with pytest.raises(InputError, match=r"pair 1: input x: axis 2 is 5, and must be 24"):
