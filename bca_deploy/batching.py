@@ -79,6 +79,7 @@ class Counts:
 class _Entry:
     pair: Pair
     result: asyncio.Future[tuple[Any, ...]]
+    arrived: float  # by the event loop's clock
 
 
 class Batcher:
@@ -97,7 +98,8 @@ class Batcher:
         self._threads = ThreadPoolExecutor(limits.max_running, thread_name_prefix="bca-batch")
         self._closing = False
         self.counts = Counts()
-        self._worker = asyncio.get_running_loop().create_task(self._work())
+        #: Ends when the queue is closed; any other end is a defect, and the server must not go on.
+        self.worker = asyncio.get_running_loop().create_task(self._work())
 
     @property
     def depth(self) -> int:
@@ -114,7 +116,8 @@ class Batcher:
             self.counts.refused += 1
             reason = "the server is stopping" if self._closing else f"{len(self._waiting)} requests are waiting"
             raise BusyError(f"{reason}, and the queue takes {self._limits.max_queue}; try again later, or on another replica")
-        entry = _Entry(pair, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        entry = _Entry(pair, loop.create_future(), loop.time())
         self._waiting.append(entry)
         self._arrived.set()
         try:
@@ -127,7 +130,7 @@ class Batcher:
         """Finish what waits, then stop."""
         self._closing = True
         self._arrived.set()
-        await self._worker
+        await self.worker
         self._threads.shutdown()
 
     async def _work(self) -> None:
@@ -146,9 +149,9 @@ class Batcher:
 
     async def _patience(self) -> None:
         """Wait for more requests, as long as the first may wait."""
-        if not self._limits.max_delay_ms:
+        if not (self._limits.max_delay_ms and self._waiting):
             return
-        until = asyncio.get_running_loop().time() + self._limits.max_delay_ms / 1e3
+        until = self._waiting[0].arrived + self._limits.max_delay_ms / 1e3
         while len(self._waiting) < self._max_batch and not self._closing:
             self._arrived.clear()
             try:
@@ -167,23 +170,28 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Entry]) -> None:
+        """Run a batch; where it fails, request by request, so that one bad request does not fail its neighbours."""
         if not batch:
             return
-        loop = asyncio.get_running_loop()
         self.counts.add(len(batch))
+        error = await self._try(batch)
+        if error is None:
+            return
+        for entry in batch:
+            if not entry.result.done():  # else its caller has given up
+                failed = await self._try([entry]) if len(batch) > 1 else error
+                if failed is not None and not entry.result.done():
+                    entry.result.set_exception(failed)
+
+    async def _try(self, batch: list[_Entry]) -> Exception | None:
+        """Run a batch, and return what went wrong with it."""
+        loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self._threads, self._run_many, [entry.pair for entry in batch])
-        except Exception as error:  # handed to whoever asked
-            await self._one_by_one(batch, error)
-            return
-        for entry, result in zip(batch, results, strict=True):
+            done = list(zip(batch, results, strict=True))
+        except Exception as error:  # for whoever asked
+            return error
+        for entry, result in done:
             if not entry.result.done():
                 entry.result.set_result(result)
-
-    async def _one_by_one(self, batch: list[_Entry], error: Exception) -> None:
-        """Run a batch that failed request by request, so that one bad request does not fail its neighbours."""
-        if len(batch) > 1:
-            for entry in batch:
-                await self._run([entry])
-        elif not batch[0].result.done():
-            batch[0].result.set_exception(error)
+        return None

@@ -55,10 +55,16 @@ BackendFlag = Annotated[
 
 
 @contextlib.contextmanager
-def guarded(verbose: bool) -> Iterator[None]:
-    """Turn errors into one readable message and the documented exit code."""
+def guarded(verbose: bool, lasting: bool = False) -> Iterator[None]:
+    """Turn errors into one readable message and the documented exit code.
+
+    Args:
+        verbose: show what the libraries log.
+        lasting: the process stays, and must give back what it no longer needs.
+    """
     # A short-lived process that makes millions of small objects and few cycles: collecting rarely saves a second of an export.
-    gc.set_threshold(100_000, 20, 20)
+    if not lasting:
+        gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, stream=sys.stderr)
     logging.getLogger("bca_deploy").setLevel(logging.DEBUG if verbose else logging.WARNING)

@@ -93,28 +93,34 @@ class RestGuard:
             await send(message)
 
         try:
-            if scope["path"] in _OPEN_PATHS or self._guard.admits(dict(scope["headers"]).get(b"authorization", b"")):
-                await self._app(scope, receive, noting)
-            else:
-                refusal = JSONResponse({"error": "a valid bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
-                await refusal(scope, receive, noting)
+            await self._admitted(scope)(scope, receive, noting)
+        except Exception as error:
+            if status != "closed":  # an answer had begun, and no other can follow
+                raise
+            await _answer(None, error)(scope, receive, noting)
         finally:
             peer, path = (scope["client"] or ("-",))[0], scope["raw_path"].decode("latin-1")[:200]
             self._guard.log(peer, f"{scope['method']} {path}", status, start)
 
+    def _admitted(self, scope: Scope) -> App:
+        if scope["path"] in _OPEN_PATHS or self._guard.admits(dict(scope["headers"]).get(b"authorization", b"")):
+            return self._app
+        return JSONResponse({"error": "a valid bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
+
+
+def _answer(_: Any, error: Exception) -> JSONResponse:
+    """Return an error's status and ``{"error": message}``."""
+    status, _, message = _verdict(error)
+    if status == 500:
+        _log.error("request failed", exc_info=error)
+    return JSONResponse({"error": message}, status, {"Retry-After": "1"} if status in (429, 503) else None)
+
 
 def handle_errors(app: FastAPI) -> None:
-    """Turn every error into its status and ``{"error": message}``."""
-
-    async def answer(_: Any, error: Exception) -> JSONResponse:
-        status, _, message = _verdict(error)
-        if status == 500:
-            _log.error("request failed", exc_info=error)
-        return JSONResponse({"error": message}, status, {"Retry-After": "1"} if status in (429, 503) else None)
-
-    app.add_exception_handler(HTTPException, answer)
-    for verdict in _VERDICTS:
-        app.add_exception_handler(verdict[0], answer)
+    """Have every error answered, but for those that nobody expected: the guard sees to them, or they would not be counted."""
+    app.add_exception_handler(HTTPException, _answer)
+    for expected, *_ in _VERDICTS[:-1]:
+        app.add_exception_handler(expected, _answer)
 
 
 class GrpcGuard(AsyncServerInterceptor):
@@ -139,7 +145,7 @@ class GrpcGuard(AsyncServerInterceptor):
             given = dict(context.invocation_metadata()).get("authorization", "")
             if name not in _OPEN_METHODS and not self._guard.admits(given.encode("latin-1", "replace")):
                 status = StatusCode.UNAUTHENTICATED
-                await context.abort(status, "a valid bearer token is needed")
+                return _refused(context, status, "a valid bearer token is needed")
             try:
                 if isinstance(request_or_iterator, Exception):
                     raise request_or_iterator
@@ -148,11 +154,17 @@ class GrpcGuard(AsyncServerInterceptor):
                 _, status, message = _verdict(error)
                 if status is StatusCode.INTERNAL:
                     _log.exception("request failed")
-                await context.abort(status, message)
+                return _refused(context, status, message)
             status = StatusCode.OK
             return answer
         finally:
             self._guard.log(context.peer(), f"grpc {name}", status.name, start)
+
+
+def _refused(context: Any, status: StatusCode, message: str) -> None:
+    """Set the status. ``abort`` would raise an error whose traceback holds the request until the next collection."""
+    context.set_code(status)
+    context.set_details(message)
 
 
 def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -107,6 +107,9 @@ def _bind(host: str, port: int) -> socket.socket:
 def _check_tls(tls: tuple[Path, Path] | None) -> None:
     if tls is None:
         return
+    for file in tls:
+        if not file.is_file():
+            raise InputError(f"{file} does not exist or is not a file; give the certificate and its key, both PEM")
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*tls, password="")  # never asks the terminal
     except ssl.SSLError as error:
@@ -147,7 +150,7 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
             if running.done():
                 running.result()  # it could not start
         _announce(session, options, listening.getsockname()[1], grpc_port)
-        await stop.wait()
+        await asyncio.wait({asyncio.create_task(stop.wait()), batcher.worker}, return_when=asyncio.FIRST_COMPLETED)
         _log.warning("stopping: no new requests are taken, those under way are finished")
         rest.should_exit = True
         await asyncio.gather(running, grpc.stop(options.grace_s))
@@ -194,6 +197,7 @@ def _rest(endpoints: Any, guard: Any, options: Options) -> Any:
     serving.add_routes(app, endpoints)
     config = uvicorn.Config(
         app,
+        http="h11",  # the other one takes headers without end
         log_config=None,
         access_log=False,  # guards.py writes one for both protocols
         lifespan="off",

@@ -1,17 +1,20 @@
 """The session as a KServe model: its REST endpoints and its gRPC service, on arrays instead of lists."""
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from kserve import Model, ModelRepository
+from kserve.errors import ModelNotFound
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import metrics_handler
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
+from starlette.requests import ClientDisconnect
 
 from bca_deploy import wire, wire_rest
 from bca_deploy.batching import Batcher
@@ -19,6 +22,12 @@ from bca_deploy.contract import Contract
 from bca_deploy.session import Session
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+#: Of the model; there is one, and the protocol lets a client name it.
+VERSION = "1"
+#: What nginx's log calls a client that went away; nobody is there to read it.
+GONE = 499
+#: Bytes of JSON that are read beside the event loop.
+_LARGE_JSON = 64 * 1024
 
 
 class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
@@ -73,28 +82,57 @@ class Endpoints(V2Endpoints):  # type: ignore[misc]
 
     async def infer(self, request: HttpRequest, model_name: str) -> Response:
         """Run the model."""
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                body = await self._body(request)
-        except TimeoutError:
-            raise HTTPException(408, f"the body did not arrive within {self._deadline_s:g} s") from None
-        asked = wire_rest.from_rest(body, request.headers.get(HEADER_LENGTH))
-        del body
+        asked = await self._asked(request)
         async with asyncio.timeout(self._deadline_s):
-            answer, _ = await self.dataplane.infer(model_name, asked)
+            answer, _ = await _while_connected(request, self.dataplane.infer(model_name, asked))
         content, head = wire_rest.to_rest(answer, model_name)
         if head is None:
             return Response(content, media_type="application/json")
         return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
 
+    async def _asked(self, request: HttpRequest) -> wire.Request:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                body = await self._body(request)
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {self._deadline_s:g} s") from None
+        except ClientDisconnect:
+            raise HTTPException(GONE, "the client went away before the end of the body") from None
+        length = request.headers.get(HEADER_LENGTH)
+        if length is None and len(body) > _LARGE_JSON:  # the health probes do not wait for it
+            return await asyncio.to_thread(wire_rest.from_rest, body, None)
+        return wire_rest.from_rest(body, length)
+
     async def _body(self, request: HttpRequest) -> bytes:
         chunks, size = [], 0
+        self._check_size(int(request.headers.get("content-length", "0")))
         async for chunk in request.stream():
             size += len(chunk)
-            if size > self._max_body_bytes:
-                raise HTTPException(413, f"the body has more than {self._max_body_bytes} bytes, which is the limit here")
+            self._check_size(size)
             chunks.append(chunk)
         return b"".join(chunks)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            raise HTTPException(413, f"the body has more than {self._max_body_bytes} bytes, which is the limit here")
+
+
+async def _while_connected(request: HttpRequest, answer: Coroutine[Any, Any, Any]) -> Any:
+    """Return the answer, unless the client goes away first: then its request gives up its place."""
+    working, gone = asyncio.create_task(answer), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(GONE, "the client went away before its answer")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
@@ -121,6 +159,8 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802  (the protocol's name)
         """Run the model."""
+        if request.model_version not in ("", VERSION):
+            raise ModelNotFound(f"{request.model_name}, version {request.model_version}")
         async with asyncio.timeout(self._deadline_s):
             answer, _ = await self._data_plane.infer(request.model_name, wire.from_grpc(request))
         tensor = pb.ModelInferResponse.InferOutputTensor

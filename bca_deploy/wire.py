@@ -100,6 +100,8 @@ def from_grpc(message: Any) -> Request:
     for index, tensor in enumerate(message.inputs):
         dtype = dtype_of(tensor.name, tensor.datatype)
         if raw:
+            if tensor.HasField("contents"):
+                raise InputError(f"input {tensor.name} has contents, and the request raw_input_contents; give one of them")
             array = from_bytes(tensor.name, dtype, tensor.shape, raw[index])
         else:
             array = from_values(tensor.name, dtype, tensor.shape, _contents(tensor))
@@ -168,11 +170,19 @@ def from_values(name: str, dtype: np.dtype[Any], shape: Iterable[int], values: A
         raise InputError(f"input {name} has {values.size} values, and {math.prod(sizes)} are needed for {list(sizes)}")
     if values.size and values.dtype.kind not in {"b": "b", "i": "iu", "u": "iu"}.get(dtype.kind, "iuf"):
         raise InputError(f"input {name}: its data are {values.dtype}, and its datatype is {DATATYPE[dtype.name]}")
+    if dtype.kind in "iu" and values.size:
+        _check_range(name, dtype, int(values.min()), int(values.max()))
     with np.errstate(over="ignore"):
         array = _shaped(name, values.astype(dtype), sizes)
     if values.dtype.kind == "f" and np.isfinite(values).all() and not np.isfinite(array.astype(np.float64)).all():
         raise InputError(f"input {name} holds {np.abs(values).max():.3g}, more than {dtype} can; scale it down")
     return array
+
+
+def _check_range(name: str, dtype: np.dtype[Any], least: int, most: int) -> None:
+    allowed = np.iinfo(dtype)
+    if least < allowed.min or most > allowed.max:
+        raise InputError(f"input {name} holds {least} to {most}, and {dtype} holds {allowed.min} to {allowed.max}")
 
 
 def _sizes(name: str, shape: Iterable[int]) -> tuple[int, ...]:

@@ -8,6 +8,15 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, ValidationError
 from bca_deploy import wire
 from bca_deploy.errors import InputError
 
+#: What JSON's values are called, by the types that they come as.
+_JSON = {
+    **dict.fromkeys((int, float, bool), "numbers"),
+    str: "text",
+    type(None): "null",
+    dict: "an object",
+    list: "a list",
+}
+
 
 class _Parameters(BaseModel):
     binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -96,12 +105,14 @@ def _from_rest(tensor: _Tensor, binary: memoryview) -> tuple[wire.Array, memoryv
 
 
 def _flat(name: str, data: Any) -> wire.Array:
-    try:
-        return np.array(data).reshape(-1)
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"input {name}: data is ragged or too deep; give a flat list, or one nested as the shape says"
-        ) from None
+    # As it came: one string among numbers would make a long one of each.
+    cells = np.array(data, dtype=object).reshape(-1).tolist()
+    kinds = {_JSON[kind] for kind in set(map(type, cells))}
+    if "a list" in kinds:
+        raise InputError(f"input {name}: data is ragged or too deep; give a flat list, or one nested as the shape says")
+    if other := kinds - {"numbers"}:
+        raise InputError(f"input {name}: its data hold {', '.join(sorted(other))}; give numbers, true and false alone")
+    return np.array(cells)
 
 
 def to_rest(answer: wire.Answer, model: str) -> tuple[bytes, int | None]:

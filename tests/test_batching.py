@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,6 +131,51 @@ def test_one_bad_request_fails_alone() -> None:
     assert results[:2] == [(0,), (2,)]
     assert isinstance(results[2], ValueError)
     assert results[3] == (4,)
+
+
+def test_a_batch_that_fails_is_counted_once_and_run_again_without_those_who_gave_up() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> Any:
+        first = await held(model, batcher)
+        rest = [asyncio.create_task(batcher.submit((n,))) for n in (-1, 1, 2)]
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await first
+        model.gate.clear()
+        while len(model.batches) < 2:
+            await asyncio.sleep(0.001)
+        rest[1].cancel()
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(*rest, return_exceptions=True)
+        return model.batches, batcher.counts.requests
+
+    assert run(Limits(16, max_running=1), scenario) == ([[0], [-1, 1, 2], [-1], [2]], 4)
+
+
+def test_a_model_that_gives_too_few_results_fails_its_requests_and_not_the_queue() -> None:
+    async def main() -> None:
+        batcher = Batcher(lambda pairs: [(1,)] * (len(pairs) - 1), Limits())
+        async with asyncio.timeout(20):
+            for _ in range(3):
+                with pytest.raises(ValueError, match="zip"):
+                    await batcher.submit((1,))
+            assert not batcher.worker.done()
+            await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_waiting_for_the_model_counts_as_waiting() -> None:
+    async def scenario(model: Model, batcher: Batcher) -> float:
+        first = await held(model, batcher)
+        second = asyncio.create_task(batcher.submit((1,)))
+        await asyncio.sleep(1.0)
+        began = time.monotonic()
+        model.gate.set()
+        await asyncio.gather(first, second)
+        return time.monotonic() - began
+
+    assert run(Limits(16, max_delay_ms=1000, max_running=1), scenario) < 0.9
 
 
 def test_a_request_whose_caller_gave_up_leaves_the_queue_and_never_runs() -> None:

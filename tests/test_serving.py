@@ -1,5 +1,6 @@
 """`bca serve`: the session's results and the session's refusals, over gRPC and REST; token, TLS, metrics, log, options."""
 
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -275,6 +276,41 @@ def test_a_body_over_the_limit_is_refused_without_being_read(small: Server) -> N
         with pytest.raises(ServerError, match="busy, or the request too large"):
             remote.run(inputs)
         assert len(remote.run(make(1, 4, 3))) == 2
+
+
+def test_a_length_over_the_limit_is_refused_before_the_body_comes(small: Server) -> None:
+    host, port = small.http.rsplit(":", 1)
+    lines = f"POST {INFER} HTTP/1.1", "Host: x", "Authorization: Bearer open-sesame", f"Content-Length: {10**12}", "", "abc"
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall("\r\n".join(lines).encode())
+        assert b" 413 " in client.recv(200).split(b"\r\n")[0]
+
+
+def test_headers_without_end_are_cut_off(small: Server) -> None:
+    host, port = small.http.rsplit(":", 1)
+    before, sent = small.rss_mb(), 0
+    with socket.create_connection((host, int(port)), timeout=10) as client, contextlib.suppress(OSError):
+        client.sendall(b"GET /v2/health/live HTTP/1.1\r\n")
+        while sent < 64:  # MiB
+            client.sendall(b"a: " + b"b" * 2**20 + b"\r\n")
+            sent += 1
+    assert sent < 32
+    assert small.rss_mb() < before + 32
+
+
+def test_another_version_of_the_model_is_not_found(served: Server) -> None:
+    inputs = [_filled(grpc_client, n, a) for n, a in make(1, 4, 3).items()]
+    with grpc_client.InferenceServerClient(served.grpc) as client:
+        assert client.infer("bca", inputs, model_version="1").get_response().model_name == "bca"
+        with pytest.raises(InferenceServerException, match="bca, version 9") as refused:
+            client.infer("bca", inputs, model_version="9")
+    assert refused.value.status() == "StatusCode.NOT_FOUND"
+
+
+def test_without_an_access_log_there_is_none(exported: Bundle, tmp_path: Path) -> None:
+    with bca_serve(exported.directory, tmp_path / "log", "--no-access-log") as server:
+        assert server.get("/v2/health/live").status_code == 200
+        assert "/v2/health/live" not in server.log.read_text(encoding="utf-8")
 
 
 def test_a_body_limit_beyond_what_protobuf_holds_is_fine(exported: Bundle, tmp_path: Path) -> None:

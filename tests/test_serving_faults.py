@@ -153,6 +153,32 @@ def test_a_body_that_breaks_off_is_no_request_and_the_next_one_works(served: Ser
             answer = client.recv(100)
         assert answer == b"" or b" 4" in answer.split(b"\r\n")[0]
         assert served.post(INFER, content=body, headers=headers).status_code == 200
+    assert "Traceback" not in served.log.read_text(encoding="utf-8")
+
+
+def test_a_rest_client_that_goes_away_gives_up_its_place(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
+    body, headers = request(slow_request)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    sent = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with ThreadPoolExecutor(2) as pool:
+        busy = [pool.submit(narrow.post, INFER, content=body, headers=headers) for _ in range(2)]  # both lanes
+        until(lambda: metrics(narrow)["bca_queue_depth"] == 0 and not all(call.done() for call in busy))
+        with connected(narrow) as client:
+            client.sendall(sent)
+            until(lambda: metrics(narrow)["bca_queue_depth"] == 1 or all(call.done() for call in busy))
+        until(lambda: " 499 " in narrow.log.read_text(encoding="utf-8"))
+    assert metrics(narrow)["bca_queue_depth"] == 0
+
+
+def test_refused_grpc_requests_are_let_go(attacked: Server) -> None:
+    """An error that holds a request's frames would keep each of them until the next collection."""
+    large = pb.ModelInferRequest(model_name="bca", raw_input_contents=[bytes(2_000_000)])
+    large.inputs.add(name="x", datatype="FP32", shape=[1, 1, 1])
+    with grpc.insecure_channel(attacked.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        sent, before = large.SerializeToString(), attacked.rss_mb()
+        assert {status(call, sent) for _ in range(150)} == {"INVALID_ARGUMENT"}
+    assert attacked.rss_mb() < before + 100
 
 
 def in_flight(server: Server, inputs: dict[str, np.ndarray], pool: ThreadPoolExecutor) -> "tuple[Future[Any], Future[Any]]":
@@ -182,7 +208,10 @@ def test_a_model_that_fails_is_500_with_the_reason_in_the_log_alone(exported: Bu
             pytest.raises(ServerError, match="INTERNAL: the server failed; its log says why"),
         ):
             remote.run(make(1, 4, 3))
-        assert server.log.read_text(encoding="utf-8").count("ZeroDivisionError: division by zero") >= 2
+        log = server.log.read_text(encoding="utf-8")
+        assert log.count("ZeroDivisionError: division by zero") == 2, "once for each"
+        assert f"POST {INFER} 500 " in log
+        assert metrics(server)['bca_answers_total{kind="POST",status="500"}'] == 1
         assert server.get("/v2/health/ready").status_code == 200
 
 

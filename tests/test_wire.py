@@ -117,9 +117,19 @@ REST_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "ragged": ({"name": "x", "datatype": "FP32", "shape": [3], "data": [[1, 2], [3]]}, "input x: data is ragged or too deep"),
     "deep": ({"name": "x", "datatype": "FP32", "shape": [1], "data": NESTED}, "input x: data is ragged or too deep"),
     "text": (
-        {"name": "x", "datatype": "FP32", "shape": [1], "data": ["1.5"]}, "input x: its data are <U3, and its datatype is FP32"
+        {"name": "x", "datatype": "FP32", "shape": [1], "data": ["1.5"]}, "input x: its data hold text; give numbers, true"
     ),
-    "null": ({"name": "x", "datatype": "FP32", "shape": [1], "data": [None]}, "input x: its data are object"),
+    # Every number as text of that length would be 40 TB.
+    "long text among numbers": (
+        {"name": "x", "datatype": "FP32", "shape": [10**5 + 1], "data": [*[1] * 10**5, "a" * 10**8]}, "its data hold text"
+    ),
+    "null": ({"name": "x", "datatype": "FP32", "shape": [1], "data": [None]}, "input x: its data hold null"),
+    "too large an integer": (
+        {"name": "mask", "datatype": "UINT8", "shape": [2], "data": [1, 256]}, "mask holds 1 to 256, and uint8 holds 0 to 255"
+    ),
+    "too small an integer": (
+        {"name": "mask", "datatype": "UINT8", "shape": [2], "data": [1, -1]}, "mask holds -1 to 1, and uint8 holds 0 to 255"
+    ),
     "booleans as numbers": ({"name": "x", "datatype": "FP32", "shape": [1], "data": [True]}, "input x: its data are bool"),
     "numbers as booleans": ({"name": "mask", "datatype": "BOOL", "shape": [1], "data": [1]}, "input mask: its data are int64"),
     "too few values": ({"name": "x", "datatype": "FP32", "shape": [3], "data": [1, 2]}, "x has 2 values, and 3 are needed"),
@@ -195,6 +205,14 @@ def test_bytes_after_the_last_tensor_are_refused() -> None:
 def test_a_mask_of_other_bytes_than_0_and_1_is_refused() -> None:
     with pytest.raises(InputError, match="input mask: a mask must hold 0 and 1 alone, and its largest is 7"):
         wire.from_grpc(grpc("mask", "BOOL", [1, 2], b"\1\7"))
+
+
+def test_bytes_and_values_at_once_are_refused() -> None:
+    message = pb.ModelInferRequest(model_name="bca", raw_input_contents=[X.tobytes()])
+    tensor = message.inputs.add(name="x", datatype="FP32", shape=X.shape)
+    tensor.contents.fp32_contents.append(1.0)
+    with pytest.raises(InputError, match="input x has contents, and the request raw_input_contents; give one of them"):
+        wire.from_grpc(message)
 
 
 def test_half_precision_does_not_travel_as_values() -> None:
