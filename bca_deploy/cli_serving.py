@@ -46,7 +46,7 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
 
     SIGTERM and ctrl-C finish the requests under way. Exit codes: 0 stopped, 1 self-test failed, 2 bad input.
     """
-    with guarded(verbose):
+    with guarded(verbose, lasting=True):
         from bca_deploy.batching import Limits
         from bca_deploy.serve import Options, read_token, serve
 
