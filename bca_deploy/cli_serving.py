@@ -104,10 +104,15 @@ def package_command(  # noqa: PLR0913  (one parameter per option)
     tensorrt_version: Annotated[
         str | None, typer.Option(help="Triton: the server's; an engine it cannot load is refused.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Triton: rows that the front takes at once.", min=1)] = 64,
+    max_batch: Annotated[
+        int, typer.Option(help="Triton: rows that the front takes at once; never fewer than the model takes.", min=1)
+    ] = 64,
     max_delay_ms: Annotated[float, typer.Option(help="Triton: how long the first request waits for more.", min=0)] = 5.0,
     storage_uri: Annotated[str, typer.Option(help="KServe: where the model repository lies.")] = "pvc://models/bca",
-    image: Annotated[str | None, typer.Option(help="KServe: tag of the Triton image. [default: 26.08-py3]")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="KServe: tag of NVIDIA's Triton image, or an image, as registry/triton:1. [default: 26.08-py3]"),
+    ] = None,
     gpus: Annotated[int, typer.Option(help="KServe: per replica; 0 for the CPU.", min=0)] = 1,
     replicas: Annotated[str, typer.Option(help="KServe: fewest and most, as 1:4.")] = "1:4",
     force: Annotated[bool, typer.Option("--force", help="Replace a file; a model repository is never replaced.")] = False,
@@ -133,7 +138,7 @@ def package_command(  # noqa: PLR0913  (one parameter per option)
                 for directory in write(opened, triton, options):
                     typer.echo(f"model: {directory}")
         if kserve:
-            tag = image or cluster.TRITON_IMAGE
+            tag = cluster.TRITON_IMAGE if image is None else image
             cluster.write_kserve(kserve, cluster.Options(name, storage_uri, tag, gpus, _replicas(replicas)))
             typer.echo(f"service: {kserve}; apply it with kubectl apply -f {kserve}")
         if docker:

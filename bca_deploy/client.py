@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass
+from itertools import count, repeat
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
@@ -13,7 +15,7 @@ import numpy as np
 
 from bca_deploy import tensors
 from bca_deploy.contract import Contract
-from bca_deploy.errors import InputError, ServerError, missing
+from bca_deploy.errors import BcaError, InputError, ServerError, missing
 from bca_deploy.manifest import TensorEntry
 from bca_deploy.session import Pair
 from bca_deploy.spec import Axis
@@ -32,6 +34,16 @@ _AXES = {
     "context_out": ("batch", "context_len"),
 }
 _PAIRS: tuple[Axis, ...] = ("x_len", "context_len")
+_URL = re.compile(r"(grpcs?)://((?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5}))")
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the server says of the model."""
+
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    contract: Contract
 
 
 class RemoteSession:
@@ -40,7 +52,7 @@ class RemoteSession:
     Call it from any number of threads.
 
     Args:
-        url: ``grpc://host:port``, or ``grpcs://`` for TLS.
+        url: ``grpc://host:port``, or ``grpcs://`` for TLS; an IPv6 address stands in brackets.
         model: its name on the server.
         deadline_s: the longest that one call may take, retries included.
         attempts: how often a call is tried while the server is unavailable, 1 to 5; four take some 2.5 s.
@@ -48,7 +60,9 @@ class RemoteSession:
         root_certificates: PEM file that vouches for the server's certificate; None takes gRPC's.
 
     Raises:
-        InputError: the URL is none of these, or the attempts are too many.
+        InputError: the URL is none of these, the attempts are too many, the token is no single word, or the file of root
+            certificates cannot be read.
+        BcaError: the process has imported a package that excludes tritonclient, as kserve does.
         MissingDependencyError: tritonclient is not installed.
     """
 
@@ -62,13 +76,14 @@ class RemoteSession:
         token: str | None = None,
         root_certificates: str | Path | None = None,
     ) -> None:
-        scheme, _, self._address = url.partition("://")
-        if scheme not in ("grpc", "grpcs") or not self._address:
-            raise InputError(f"url {url!r}: give grpc://host:port, or grpcs://host:port for TLS")
+        scheme, self._address = _parts(url)
         if not 1 <= attempts <= 5:  # gRPC would quietly make no more
             raise InputError(f"attempts is {attempts}; allowed 1 to 5")
-        self._model, self._deadline_s = model, deadline_s
-        self._headers = {"authorization": f"Bearer {token}"} if token else None
+        _check_certificates(root_certificates)
+        self._name, self._deadline_s = model, deadline_s
+        self._headers = _headers(token)
+        self._known: _Model | None = None
+        self._closed = False
         self._library = _library()
         self._client = self._library.InferenceServerClient(
             self._address,
@@ -83,17 +98,25 @@ class RemoteSession:
         Raises:
             InputError: what is wrong with which input; most of it is found before anything is sent.
             ServerError: the server cannot be reached, is busy, took too long or failed.
+            BcaError: the session is closed.
         """
-        return tuple(self._run(self._contract.bind(args, named), cast).values())
+        self._check_open()
+        return tuple(self._run(self._model().contract.bind(args, named), cast).values())
 
     def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
         """Return the outputs by name; arguments and errors as for calling the session."""
-        return self._run(self._contract.bind((), inputs), cast)
+        self._check_open()
+        return self._run(self._model().contract.bind((), inputs), cast)
 
     def run_many(self, pairs: Iterable[Pair], *, cast: bool = False) -> list[tuple[Any, ...]]:
-        """Return the outputs of many pairs, in order: 16 are asked for at once, and the server puts together what it likes."""
+        """Return the outputs of many pairs, in order: 16 are asked for at once, and the server puts together what it likes.
+
+        Raises:
+            InputError: naming the pair.
+        """
+        self._check_open()
         with ThreadPoolExecutor(16, thread_name_prefix="bca-remote") as pool:
-            return list(pool.map(lambda pair: self(*pair, cast=cast), pairs))
+            return list(pool.map(self._run_pair, count(), pairs, repeat(cast)))
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
         """Run the model without blocking the event loop; as for calling the session."""
@@ -102,15 +125,16 @@ class RemoteSession:
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
         """What the model takes, in order; asked of the server once."""
-        return self._metadata[0]
+        return self._model().inputs
 
     @property
     def outputs(self) -> tuple[TensorEntry, ...]:
         """What it gives, in order."""
-        return self._metadata[1]
+        return self._model().outputs
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; calling the session is an error from now on."""
+        self._closed = True
         self._client.close()
 
     def __enter__(self) -> Self:
@@ -119,23 +143,35 @@ class RemoteSession:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @cached_property
-    def _metadata(self) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
-        found = self._asked(
-            lambda: self._client.get_model_metadata(self._model, headers=self._headers, client_timeout=self._deadline_s)
-        )
-        return tuple(map(_entry, found.inputs)), tuple(map(_entry, found.outputs))
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BcaError("the session is closed; make another RemoteSession")
 
-    @cached_property
-    def _contract(self) -> Contract:
-        return Contract(self.inputs, _DIMS, "send less at once")
+    def _model(self) -> _Model:
+        # Without a lock: threads that come first may ask twice, which is harmless, and none waits for another's answer.
+        if self._known is None:
+            self._known = self._asked_model()
+        return self._known
+
+    def _asked_model(self) -> _Model:
+        found = self._asked(
+            lambda: self._client.get_model_metadata(self._name, headers=self._headers, client_timeout=self._deadline_s)
+        )
+        inputs, outputs = (tuple(map(_entry, tensors)) for tensors in (found.inputs, found.outputs))
+        return _Model(inputs, outputs, Contract(inputs, _DIMS, "send less at once"))
+
+    def _run_pair(self, index: int, pair: Pair, cast: bool) -> tuple[Any, ...]:
+        try:
+            return self(*pair, cast=cast)
+        except InputError as error:
+            raise InputError(f"pair {index}: {error}") from None
 
     def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
         arrays = {name: tensors.as_array(name, value) for name, value in given.items()}
-        ready = self._contract.check(arrays, cast)
+        ready = self._model().contract.check(arrays, cast)
         sent = [self._input(name, ready[name]) for name in ready if name in given]
         result = self._asked(
-            lambda: self._client.infer(self._model, sent, headers=self._headers, client_timeout=self._deadline_s)
+            lambda: self._client.infer(self._name, sent, headers=self._headers, client_timeout=self._deadline_s)
         )
         back = tensors.back(given.values()) or (lambda array: array)
         # Copied: the arrays are views of the message, and read-only.
@@ -152,9 +188,12 @@ class RemoteSession:
             return ask()
         except InferenceServerException as error:
             raise self._failure(error) from None
+        except ValueError:  # how gRPC says that another thread has closed the channel since the check
+            self._check_open()
+            raise
 
     def _failure(self, error: Any) -> Exception:
-        status, where = str(error.status()).removeprefix("StatusCode."), f"{self._address}, model {self._model}"
+        status, where = str(error.status()).removeprefix("StatusCode."), f"{self._address}, model {self._name}"
         said = error.message()
         match status:
             case "INVALID_ARGUMENT":
@@ -170,11 +209,52 @@ class RemoteSession:
         return ServerError(f"{where}: {status}: {said}")
 
 
+def _parts(url: str) -> tuple[str, str]:
+    """Return the scheme and the address; gRPC takes much else for an address, and fails late or at another port."""
+    found = _URL.fullmatch(url)
+    if found is None or not 1 <= int(found[3]) <= 65535:
+        raise InputError(
+            f"url {url!r}: give grpc://host:port, or grpcs://host:port for TLS, with nothing after it; "
+            "the port is 1 to 65535, and an IPv6 address stands in brackets"
+        )
+    return found[1], found[2]
+
+
+def _headers(token: str | None) -> dict[str, str] | None:
+    if token is None:
+        return None
+    if not re.fullmatch(r"[!-~]+", token):  # the error does not show it
+        raise InputError(
+            f"the token of {len(token)} characters is no single word of printable ASCII; "
+            "take off the line's end or the spaces, such as by .strip()"
+        )
+    return {"authorization": f"Bearer {token}"}
+
+
+def _check_certificates(file: str | Path | None) -> None:
+    """Before the client is made, which leaves a traceback of its own behind when it cannot read the file."""
+    if file is None:
+        return
+    try:
+        Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"root_certificates {file} cannot be read: {error.strerror}; give a PEM file, or leave it out for gRPC's own"
+        ) from None
+
+
 def _library() -> Any:
     try:
         import tritonclient.grpc
     except ImportError:
         raise missing("tritonclient", "client") from None
+    except TypeError as error:
+        if "duplicate symbol" not in str(error):
+            raise
+        raise BcaError(
+            "this process has imported another package with protobuf messages of tritonclient's names, such as kserve; "
+            "call the server from another process, for another order of the imports does not help"
+        ) from None
     return tritonclient.grpc
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from bca_deploy.errors import InputError, missing
 TRITON_IMAGE = "26.08-py3"
 #: The ports of KServe's Triton runtime.
 HTTP_PORT, GRPC_PORT = 8080, 9000
+#: Most of it; it counts as the container's memory as far as it is used.
+SHARED_MEMORY = "2Gi"
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Options:
     Attributes:
         name: of the service.
         storage_uri: where the model repository lies, as KServe's storage initializer reads it.
-        image: tag of the Triton image.
+        image: tag of NVIDIA's Triton image, or with a ``/`` or ``:`` an image of your own.
         gpus: per replica; 0 for the CPU.
         replicas: fewest and most.
         memory: per replica.
@@ -42,7 +45,7 @@ def inference_service(options: Options) -> dict[str, Any]:
     """Return the InferenceService: Triton under KServe, gRPC, on plain Deployments.
 
     Raises:
-        InputError: fewer than one replica, more at least than at most, or a name that Kubernetes does not take.
+        InputError: fewer than one replica, more at least than at most, a name that Kubernetes does not take, or no image.
     """
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", options.name):
         raise InputError(f"name {options.name!r}: Kubernetes takes lower-case letters, digits and '-', at most 63; use --name")
@@ -54,11 +57,12 @@ def inference_service(options: Options) -> dict[str, Any]:
         resources["nvidia.com/gpu"] = str(options.gpus)
     model = {
         "modelFormat": {"name": "triton"},
-        "runtimeVersion": options.image,
+        **_image(options.image),
         "protocolVersion": "grpc-v2",
         "storageUri": options.storage_uri,
         "ports": [{"name": "h2c", "containerPort": GRPC_PORT, "protocol": "TCP"}],
         "resources": {"requests": resources, "limits": dict(resources)},
+        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108  (where Triton looks for it)
         **_probes(),
     }
     predictor = {
@@ -68,6 +72,8 @@ def inference_service(options: Options) -> dict[str, Any]:
         "scaleTarget": 70,
         "timeout": 30,
         "model": model,
+        # Tensors pass between Triton and the front in shared memory, and Kubernetes gives 64 MiB of it.
+        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}}],
     }
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -81,6 +87,16 @@ def inference_service(options: Options) -> dict[str, Any]:
         },
         "spec": {"predictor": predictor},
     }
+
+
+def _image(given: str) -> dict[str, str]:
+    if re.search("[/:]", given) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:/@-]*", given):
+        return {"image": given}
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", given):
+        return {"runtimeVersion": given}
+    raise InputError(
+        f"image {given!r}: give a tag of NVIDIA's Triton image, as {TRITON_IMAGE}, or an image, as registry/triton:1"
+    )
 
 
 def _probes() -> dict[str, Any]:
@@ -129,4 +145,4 @@ def write_docker(target: Path, bundle: Path) -> str:
         f"ENTRYPOINT {json.dumps(command)}",
     ]
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"docker build -t bca -f {target} {bundle.parent}"
+    return f"docker build -t bca -f {shlex.quote(str(target))} {shlex.quote(str(bundle.parent))}"

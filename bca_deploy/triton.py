@@ -30,7 +30,8 @@ class Options:
         name: of the model that clients call; the engine model behind it is ``<name>_engine``.
         runtime: ``auto`` takes the bundle's ``tensorrt`` engine where it has one, else onnxruntime.
         tensorrt_version: of the server, where it is known; an engine that it would not load is refused.
-        max_batch: rows that the front takes at once; more than an engine run holds, so that similar lengths find each other.
+        max_batch: rows that the front takes at once; more than an engine run holds, so that similar lengths find each other,
+            and never fewer, so that whatever the engine takes gets through.
         max_delay_ms: how long the first request waits for more.
         max_queue: requests that may wait.
     """
@@ -54,6 +55,7 @@ class _Engine:
     outputs: tuple[TensorEntry, ...]
     profiles: tuple[Dims, ...]
     version: str | None = None
+    version_compatible: bool = False
     by_capability: dict[str, str] | None = None
 
 
@@ -103,9 +105,9 @@ def _onnx(bundle: Bundle) -> _Engine:
 
 
 def _tensorrt(bundle: Bundle, engines: list[EngineEntry], loaded: str | None) -> _Engine:
-    """Return the engines of the first one's precision and version: one for each GPU generation they were built on."""
+    """Return the engines like the first one: one for each GPU generation they were built on."""
     first = engines[0]
-    alike = [e for e in engines if (e.precision, e.version, e.profiles) == (first.precision, first.version, first.profiles)]
+    alike = [entry for entry in engines if _kind(entry) == _kind(first)]
     for entry in alike:
         reason = why_stale(entry, bundle.manifest, loaded)
         if reason:
@@ -113,7 +115,14 @@ def _tensorrt(bundle: Bundle, engines: list[EngineEntry], loaded: str | None) ->
     names = {entry.file: f"{Path(entry.file).stem}.plan" for entry in alike}
     files = {names[entry.file]: bundle.path(entry.file) for entry in alike}
     capabilities = {_capability(e.gpu.compute_capability): names[e.file] for e in alike if e.gpu}
-    return _Engine("tensorrt", "tensorrt_plan", files, first.inputs, first.outputs, first.profiles, first.version, capabilities)
+    return _Engine(
+        "tensorrt", "tensorrt_plan", files, first.inputs, first.outputs, first.profiles,
+        first.version, first.options.version_compatible, capabilities,
+    )  # fmt: skip
+
+
+def _kind(entry: EngineEntry) -> tuple[object, ...]:
+    return entry.precision, entry.version, entry.options.version_compatible, entry.profiles
 
 
 def _capability(name: str) -> str:
@@ -155,7 +164,8 @@ def _warmups(engine: _Engine) -> Iterable[Any]:
 
 def _write_front(directory: Path, engine: _Engine, options: Options) -> None:
     pb, together = _messages(), _together(engine)
-    config = pb.ModelConfig(name=directory.name, backend="python", max_batch_size=options.max_batch if together else 0)
+    rows = max(options.max_batch, hull(engine.profiles).batch.max)  # Triton refuses a request of more
+    config = pb.ModelConfig(name=directory.name, backend="python", max_batch_size=rows if together else 0)
     for tensor in engine.inputs:
         entry = pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=_sizes(tensor)[together:])
         entry.optional = tensor.name in ("mask", "context_mask")
@@ -184,6 +194,7 @@ def _facts(engine: _Engine, name: str, together: bool) -> dict[str, Any]:
         "engine": name,
         "together": together,
         "tensorrt_version": engine.version,
+        "version_compatible": engine.version_compatible,
         "dims": asdict(hull(engine.profiles)),
         "profiles": [asdict(profile) for profile in engine.profiles],
         "inputs": [tensor.model_dump() for tensor in engine.inputs],

@@ -29,7 +29,7 @@ class TritonPythonModel:
         """Read what the package wrote beside this file."""
         _check_numpy()
         facts = json.loads((Path(__file__).parent / "front.json").read_text(encoding="utf-8"))
-        _check_tensorrt(facts["tensorrt_version"])
+        _check_tensorrt(facts["tensorrt_version"], facts["version_compatible"])
         self._engine, self._together = facts["engine"], facts["together"]
         self._outputs: dict[str, str] = facts["outputs"]
         self._profiles = tuple(map(_dims, facts["profiles"]))
@@ -85,14 +85,22 @@ def _check_numpy() -> None:
         )
 
 
-def _check_tensorrt(wanted: str | None) -> None:
+def _check_tensorrt(wanted: str | None, compatible: bool) -> None:
     """NVIDIA's image says in a variable which TensorRT it has; another server says so itself when it loads the engine."""
     found = os.environ.get("TRT_VERSION", "").split("+")[0]
-    if wanted and found and not (found == wanted or found.startswith(wanted + ".") or wanted.startswith(found + ".")):
+    if wanted and found and not _loads(wanted, found, compatible):
+        needed = f"{wanted} or later" if compatible else wanted
         raise pb_utils.TritonModelException(
-            f"the engine is for TensorRT {wanted}, and this server has {found}; take the image with {wanted}, or build the "
+            f"the engine is for TensorRT {needed}, and this server has {found}; take the image with {needed}, or build the "
             "engine again with this version: bca build --engine tensorrt"
         )
+
+
+def _loads(wanted: str, found: str, compatible: bool) -> bool:
+    """Compare as many numbers as both versions have; a version-compatible engine also loads in later ones."""
+    built, here = ([int(number) for number in text.split(".") if number.isdecimal()] for text in (wanted, found))
+    shared = min(len(built), len(here))
+    return here[:shared] >= built[:shared] if compatible else here[:shared] == built[:shared]
 
 
 def _dims(found: dict[str, Any]) -> Dims:

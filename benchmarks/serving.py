@@ -8,6 +8,7 @@ The last line is the real Triton with the generated front: 64 ragged requests at
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +90,19 @@ def over_rest(address: str) -> Callable[[], Callable[[], object]]:
 
 
 def load(connect: Callable[[], Callable[[], object]], clients: int, seconds: float) -> dict[str, float]:
-    """Call from so many threads for so long; every call is timed by its caller."""
+    """Call from so many threads for so long; every call is timed by its caller, and one that fails fails the run."""
     took: list[float] = []
+    failures: list[Exception] = []
     ready = threading.Barrier(clients + 1, timeout=60)
 
     def client() -> None:
+        try:
+            calls()
+        except Exception as error:
+            failures.append(error)
+            ready.abort()  # nobody need wait for this one
+
+    def calls() -> None:
         call = connect()
         call()
         ready.wait()
@@ -104,18 +114,21 @@ def load(connect: Callable[[], Callable[[], object]], clients: int, seconds: flo
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    ready.wait()
+    with contextlib.suppress(threading.BrokenBarrierError):  # told below, with the failure that broke it
+        ready.wait()
     began = time.perf_counter()
     for thread in threads:
         thread.join()
     spent = time.perf_counter() - began
+    if failures:  # else they would only look like a lower rate
+        raise RuntimeError(f"{len(failures)} of {clients} clients did not get through, the first because of {failures[0]!r}")
     p50, p99 = np.percentile(took, [50, 99]) * 1e3
     return {"clients": clients, "rps": len(took) / spent, "p50_ms": float(p50), "p99_ms": float(p99), "calls": len(took)}
 
 
 def in_own_process(kind: str, clients: int, seconds: float, address: str = "") -> dict[str, float]:
     command = [sys.executable, __file__, "--generate", kind, "--clients", str(clients), "--seconds", str(seconds)]
-    done = subprocess.run([*command, "--address", address], check=True, capture_output=True, text=True)
+    done = subprocess.run([*command, "--address", address], check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout)
     return result
 
@@ -161,11 +174,8 @@ def ragged_on_triton() -> dict[str, int]:
         ):
             remote.run(requests[0])
             before = engine_runs(client)
-            threads = [threading.Thread(target=remote.run, args=(request,)) for request in requests]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(len(requests)) as pool:
+                list(pool.map(remote.run, requests))  # a failure of one is raised here
             return {"requests": len(requests), "engine_runs": engine_runs(client) - before}
 
 

@@ -2,11 +2,16 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,7 +26,7 @@ from tritonclient.grpc import service_pb2_grpc
 import bca_deploy
 from bca_deploy.bundle import Bundle
 from bca_deploy.client import RemoteSession
-from bca_deploy.errors import InputError, MissingDependencyError, ServerError
+from bca_deploy.errors import BcaError, InputError, MissingDependencyError, ServerError
 from bca_deploy.session import Session
 
 #: Fixtures of running servers; each speaks the Open Inference Protocol over gRPC and has the model `bca`.
@@ -199,16 +204,96 @@ def test_an_unavailable_server_is_asked_again_as_often_as_allowed(length: int) -
         assert server.calls == 2
 
 
+def test_a_server_that_never_answers_delays_no_other_session(served: Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        mute = RemoteSession(f"grpc://127.0.0.1:{listener.getsockname()[1]}", deadline_s=20)
+        waiting = pool.submit(mute.run, make(1, 4, 3))
+        connection, _ = listener.accept()
+        began = time.monotonic()
+        with connection, RemoteSession(f"grpc://{served.grpc}") as live:
+            assert len(live(**make(1, 4, 3))) == 2
+            took = time.monotonic() - began
+            assert not waiting.done()
+            mute.close()
+            with pytest.raises(BcaError):
+                waiting.result(10)
+    assert took < 5
+
+
+def test_a_closed_session_says_so_whatever_is_asked_of_it(served: Server) -> None:
+    inputs = make(1, 4, 3)
+    for used in (True, False):
+        remote = RemoteSession(f"grpc://{served.grpc}")
+        if used:
+            remote(**inputs)
+        remote.close()
+        remote.close()
+        asked = (lambda: remote(**inputs), lambda: remote.run(inputs), lambda: remote.run_many([tuple(inputs.values())]))  # noqa: B023
+        for ask in asked if used else (*asked, lambda: remote.inputs):  # noqa: B023
+            with pytest.raises(BcaError, match="the session is closed; make another RemoteSession"):
+                ask()
+
+
+def test_the_wrong_pair_of_many_is_named(served: Server) -> None:
+    right, wrong = tuple(make(1, 4, 3).values()), tuple((make(1, 4, 3) | {"x": np.zeros((1, 4, 23), np.float32)}).values())
+    with RemoteSession(f"grpc://{served.grpc}") as remote:
+        with pytest.raises(InputError, match=r"^pair 3: input x: axis 2 is 23, and must be 24"):
+            remote.run_many([right, right, right, wrong, right])
+        too_long = (np.zeros((1, 2049, 24), np.float32), right[1])
+        with pytest.raises(InputError, match=r"^pair 1: input x: axis 1 \(x_len\) is 2049"):
+            remote.run_many([right, too_long])
+
+
 @pytest.mark.parametrize("attempts", [0, 6])
 def test_attempts_that_grpc_would_not_make_are_refused(attempts: int) -> None:
     with pytest.raises(InputError, match=rf"attempts is {attempts}; allowed 1 to 5"):
         RemoteSession("grpc://127.0.0.1:1", attempts=attempts)
 
 
-@pytest.mark.parametrize("url", ["localhost:8081", "http://localhost:8080", "grpc://", ""])
+@pytest.mark.parametrize("url", [
+    "localhost:8081", "http://localhost:8080", "grpc://", "", "grpc://host", "grpc://host:", "grpc://:8081", "grpc://host:0",
+    "grpc://host:65536", "grpc://host:8081/", "grpc://host:8081/v2", "grpc://host:8081\n", "grpc://me@host:8081",
+    "grpc://::1:8081", "grpc://[::1]", "grpc://dns:///host:8081", "grpc://host:8081,host:8082", "GRPC://host:8081",
+])  # fmt: skip
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="give grpc://host:port, or grpcs://host:port for TLS"):
         RemoteSession(url)
+
+
+@pytest.mark.parametrize("url", ["grpc://localhost:1", "grpcs://a-b.example.org:65535", "grpc://[::1]:8081"])
+def test_a_host_or_an_address_with_a_port_is_a_url(url: str) -> None:
+    RemoteSession(url).close()
+
+
+@pytest.mark.parametrize("token", ["secret\n", "two secrets", "secr\u00e9t", "se\x7fcret", ""])
+def test_a_token_that_is_no_word_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(InputError, match=rf"the token of {len(token)} characters is no single word") as caught:
+        RemoteSession("grpc://127.0.0.1:1", token=token)
+    assert not token or token not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "grpcs"])
+def test_root_certificates_that_cannot_be_read_are_named(tmp_path: Path, scheme: str) -> None:
+    for file, reason in ((tmp_path / "none.pem", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(
+            InputError, match=rf"root_certificates {re.escape(str(file))} cannot be read: {reason}.*; give a PEM"
+        ):
+            RemoteSession(f"{scheme}://127.0.0.1:1", root_certificates=file)
+
+
+def test_beside_kserve_the_error_says_to_call_from_another_process() -> None:
+    script = """
+import kserve
+from bca_deploy.client import RemoteSession
+from bca_deploy.errors import BcaError
+for _ in range(2):
+    try:
+        RemoteSession("grpc://127.0.0.1:1")
+    except BcaError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.count("such as kserve; call the server from another process") == 2
 
 
 def test_without_tritonclient_the_error_holds_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,3 +311,13 @@ print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert done.stdout == "[]\n"
+
+
+def test_a_load_test_fails_when_one_of_its_clients_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    load = importlib.import_module("serving").load
+    assert load(lambda: lambda: time.sleep(0.001), 2, 0.05)["calls"] > 0
+    for good_calls in (0, 3):  # before the clients begin together, and after
+        calls = iter(range(good_calls))
+        with pytest.raises(RuntimeError, match=r"of 2 clients did not get through, the first because of StopIteration"):
+            load(lambda: lambda: next(calls), 2, 0.05)  # noqa: B023

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,32 @@ def test_the_service_says_what_was_asked_for(tmp_path: Path) -> None:
     assert model["livenessProbe"]["httpGet"] == {"path": "/v2/health/live", "port": 8080}
 
 
+def test_the_front_has_more_shared_memory_than_a_container_gets_of_its_own_accord() -> None:
+    predictor = cluster.inference_service(cluster.Options())["spec"]["predictor"]
+    assert predictor["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}]
+    assert predictor["model"]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108
+
+
+@pytest.mark.parametrize("image", ["my/registry/triton:1", "triton:1", "localhost:5000/triton", "a/b@sha256:0f"])
+def test_an_image_of_ones_own_takes_the_place_of_the_tag(exported: Bundle, tmp_path: Path, image: str) -> None:
+    file = tmp_path / "service.yaml"
+    assert bca("package", exported.directory, "--kserve", file, "--image", image).exit_code == 0
+    service = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model = service["spec"]["predictor"]["model"]
+    assert model["image"] == image
+    assert "runtimeVersion" not in model
+    assert unknown_fields(service) == []
+
+
+@pytest.mark.parametrize("image", ["", "two words", "-py3", "a" * 129, "my/two words:1", "26.08-py3\n", "/triton"])
+def test_what_is_neither_a_tag_nor_an_image_is_refused(exported: Bundle, tmp_path: Path, image: str) -> None:
+    with pytest.raises(InputError, match=r"give a tag of NVIDIA's Triton image, as 26\.08-py3, or an image"):
+        cluster.inference_service(cluster.Options(image=image))
+    done = bca("package", exported.directory, "--kserve", tmp_path / "service.yaml", f"--image={image}")
+    assert done.exit_code == 2
+    assert not (tmp_path / "service.yaml").exists()
+
+
 def test_without_a_gpu_none_is_asked_for() -> None:
     service = cluster.inference_service(cluster.Options(gpus=0))
     assert set(service["spec"]["predictor"]["model"]["resources"]["limits"]) == {"cpu", "memory"}
@@ -156,6 +183,12 @@ def test_the_dockerfiles_commands_serve_the_bundle_and_find_it_healthy(exported:
             assert server.wait(20) == 0
     assert subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode != 0
     assert re.fullmatch(r"python:3\.1[1-3]-slim", found["FROM"])
+
+
+def test_the_command_that_builds_the_image_can_be_pasted_whatever_the_paths_are(tmp_path: Path) -> None:
+    target, bundle = tmp_path / "Docker file;", tmp_path / "my models" / "a bundle"
+    words = shlex.split(cluster.write_docker(target, bundle))
+    assert words == ["docker", "build", "-t", "bca", "-f", str(target), str(bundle.parent)]
 
 
 def answers(port: int) -> bool:

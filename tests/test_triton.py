@@ -133,6 +133,26 @@ def test_tensorrt_engines_become_plans_one_for_each_gpu_with_every_profile(expor
     assert config_of(portable).platform == "onnxruntime_onnx"
 
 
+def test_the_front_takes_as_many_rows_as_the_model(exported: Bundle, tmp_path: Path) -> None:
+    wide = (Dims(), Dims(batch=DimRange(1, 64, 128)))
+    bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", profiles=wide)
+    for name, asked, taken in (("one", 64, 128), ("two", 200, 200)):
+        front, _ = packaging.write(bundle, tmp_path / "models", Options(name, max_batch=asked))
+        assert config_of(front).max_batch_size == taken
+
+
+def test_engines_that_later_versions_load_are_not_mixed_with_others(exported: Bundle, tmp_path: Path) -> None:
+    compatible = EngineTable(library="tensorrt", version_compatible=True)
+    bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", "sm100")
+    entries = [e.model_dump() for e in bundle.manifest.engines]
+    entries[0]["options"] = compatible.model_dump()
+    seal(bundle.directory, Manifest.model_validate(bundle.manifest.model_dump() | {"engines": entries}))
+    with Bundle.open(bundle.directory) as mixed:
+        front, engine = packaging.write(mixed, tmp_path / "models", Options())
+    assert set(config_of(engine).cc_model_filenames) == {"9.0"}
+    assert json.loads((front / "1" / "front.json").read_text(encoding="utf-8"))["version_compatible"] is True
+
+
 @pytest.mark.parametrize(("changes", "options", "message"), [
     ({"model_sha256": "0" * 64}, Options(), r"sm90.engine cannot be served: models/fp16.onnx has changed since it was built"),
     ({}, Options(tensorrt_version="11.4.0"), r"built by tensorrt 10.13.3.9, and 11.4.0 is installed"),
@@ -302,3 +322,16 @@ def test_the_front_refuses_another_tensorrt_than_the_engines(exported: Bundle, t
     triton_environment()
     text = gave_up(tmp_path / "models", tmp_path / "log", TRT_VERSION=found)
     assert f"the engine is for TensorRT 10.13.3.9, and this server has {found.split('+', 1)[0]}" in text
+
+
+@pytest.mark.parametrize(("found", "loads"), [("11.4.0", True), ("10.13.3.9+cuda13", True), ("10.9.0", False)])
+def test_the_front_takes_a_later_tensorrt_for_a_version_compatible_engine(
+    exported: Bundle, tmp_path: Path, found: str, loads: bool
+) -> None:
+    options = EngineTable(library="tensorrt", version_compatible=True)
+    bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", options=options)
+    packaging.write(bundle, tmp_path / "models", Options(tensorrt_version="11.4.0"))
+    triton_environment()
+    text = gave_up(tmp_path / "models", tmp_path / "log", TRT_VERSION=found)
+    assert ("failed to load 'bca' version 1" not in text) == loads
+    assert ("the engine is for TensorRT 10.13.3.9 or later, and this server has 10.9.0" in text) != loads
