@@ -1,6 +1,7 @@
 """The C++ runtime: built here, run by its own tests, and held against the Python session."""
 
 import ctypes
+import io
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,9 @@ def test_bench_prints_ordered_percentiles_as_json(bca_run: Path) -> None:
         (["--input", "x.npy"], "--input is 'x.npy'; give NAME=FILE.npy"),
         (["--input", "x=nowhere.npy"], "nowhere.npy does not exist or cannot be read as a file"),
         (["--bench", "--shape", "1x2"], "--shape is '1x2'; give BxNxM, such as 1x512x512"),
+        (["--bench", "--shape", f"1x{10**12}x1"], "input x: axis 1 (x_len) is 1000000000000, allowed 1 to 16; "),
+        (["--bench", "--shape", "-1x2x2"], "input x: axis 0 (batch) is -1, allowed 1 to 4; "),
+        (["--selftest", "--output", "out=out.npy"], "--output is given, and nothing is run that it could come from; "),
         (["--selftest", "--backend", "onnxruntime-cpu", "--ort", "nowhere.so"], "onnxruntime does not load (nowhere.so: "),
     ],
 )
@@ -224,6 +228,16 @@ def test_what_bca_run_cannot_do_exits_2_and_says_why(bca_run: Path, words: list[
     done = native.run([bca_run, FIXTURE, *words])
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
+
+
+def test_an_output_goes_to_stdout_and_devices_stay_what_they_are(bca_run: Path, tmp_path: Path) -> None:
+    given = save(tmp_path, inputs(1, 2, 3, dims=(8, 6)))
+    command: list[str | Path] = [bca_run, FIXTURE, *given, "--output", "out=/dev/stdout", "--output", "context_out=/dev/null"]
+    done = subprocess.run(command, env=native.environment(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert np.load(io.BytesIO(done.stdout)).shape == (1, 2, 8)
+    assert Path("/dev/null").is_char_device()
+    assert Path("/dev/stdout").is_symlink()
 
 
 # The C interface, from Python.
@@ -249,6 +263,17 @@ class OpenOptions(ctypes.Structure):
         ("verify", ctypes.c_int32),
         ("onnxruntime_library", ctypes.c_char_p),
     )  # an older caller's: shorter than the library's
+
+
+class NewerOptions(OpenOptions):
+    _fields_ = (
+        ("tensorrt_library", ctypes.c_char_p),
+        ("cuda_library", ctypes.c_char_p),
+        ("device", ctypes.c_int32),
+        ("contexts", ctypes.c_int32),
+        ("host_code", ctypes.c_int32),
+        ("no_spinning", ctypes.c_int64),
+    )
 
 
 DTYPES = {"float32": 0, "bool": 4}
@@ -325,6 +350,37 @@ def test_the_c_interface_reports_each_kind_of_error(library: ctypes.CDLL, opened
     options = OpenOptions(0)
     assert library.bca_open(str(FIXTURE).encode(), ctypes.byref(options), ctypes.byref(session)) == 1
     assert b"the options' size is not set" in library.bca_last_error()
+
+
+def test_where_no_backend_works_auto_is_an_engine_error(library: ctypes.CDLL) -> None:
+    session = ctypes.c_void_p()
+    given = OpenOptions(ctypes.sizeof(OpenOptions), onnxruntime_library=b"nowhere.so")
+    assert library.bca_open(str(FIXTURE).encode(), ctypes.byref(given), ctypes.byref(session)) == 3
+    assert library.bca_last_error().startswith(b"nothing here runs this bundle: tensorrt: ")
+
+
+def fake_ort_options(release: Path, log: Path, open_it: Callable[[bytes], Any]) -> str:
+    """Return what a session that is opened meanwhile tells the double of onnxruntime, which writes it down."""
+    os.environ["FAKE_ORT_LOG"] = str(log)
+    try:
+        open_it(str(release / "tests" / "libfake_ort.so").encode())
+    finally:
+        del os.environ["FAKE_ORT_LOG"]
+    return log.read_text()
+
+
+@pytest.mark.parametrize(("no_spinning", "told"), [(0, "1"), (1, "0")])
+def test_the_c_options_say_whether_threads_spin(
+    library: ctypes.CDLL, release: Path, tmp_path: Path, no_spinning: int, told: str
+) -> None:
+    def open_it(ort: bytes) -> None:
+        session = ctypes.c_void_p()
+        given = NewerOptions(ctypes.sizeof(NewerOptions), b"onnxruntime-cpu", onnxruntime_library=ort, no_spinning=no_spinning)
+        assert library.bca_open(str(FIXTURE).encode(), ctypes.byref(given), ctypes.byref(session)) == 0
+        library.bca_close(session)
+
+    shown = fake_ort_options(release, tmp_path / "log", open_it)
+    assert f"session.intra_op.allow_spinning {told}\n" in shown
 
 
 def test_each_thread_has_its_own_last_error(library: ctypes.CDLL, opened: ctypes.c_void_p) -> None:
@@ -404,10 +460,49 @@ def consumer(where: Path, prefix: Path) -> None:
     ],
 )
 def test_a_missing_sdk_is_named_with_the_option_to_give(release: Path, tmp_path: Path, flags: list[str], message: str) -> None:
-    bare = {"ORT_ROOT": "", "TENSORRT_ROOT": "", "CUDA_ROOT": ""}
-    done = native.run(["cmake", "-G", "Ninja", "-S", native.ROOT / "runtime", "-B", tmp_path, *flags], **bare)
+    done = configure(tmp_path, *flags)
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())
+
+
+def configure(where: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    bare = {"ORT_ROOT": "", "TENSORRT_ROOT": "", "CUDA_ROOT": ""}
+    command: list[str | Path] = ["cmake", "-G", "Ninja", "-S", native.ROOT / "runtime", "-B", where, *flags]
+    return native.run(command, native.ROOT, **bare | environment)
+
+
+def cached(where: Path, name: str) -> str:
+    found = re.search(rf"^{name}:PATH=(.*)$", (where / "CMakeCache.txt").read_text(), flags=re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def test_another_root_is_seen_in_a_directory_that_was_configured_before(release: Path, tmp_path: Path) -> None:
+    right, other, build = native.SDK / "onnxruntime", tmp_path / "other", tmp_path / "build"
+    other.symlink_to(right)
+    assert configure(build, f"-DORT_ROOT={right}").returncode == 0
+    assert configure(build, f"-DORT_ROOT={other}").returncode == 0
+    assert cached(build, "BCA_ORT_INCLUDE").startswith(str(other))
+    done = configure(build, "-DORT_ROOT=/nowhere", ORT_ROOT=str(right))
+    assert done.returncode != 0
+    assert "no onnxruntime_c_api.h below ORT_ROOT='/nowhere'" in " ".join(done.stderr.split())
+    assert configure(build, f"-DORT_ROOT={right}").returncode == 0
+
+
+def test_the_headers_of_cuda_are_found_in_the_toolkit_that_cmake_finds(release: Path, tmp_path: Path) -> None:
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    (toolkit / "lib64" / "libcudart.so").touch()
+    (toolkit / "include").symlink_to(native.SDK / "cuda" / "include")
+    (toolkit / "version.json").write_text('{"cuda": {"version": "13.0.0"}}')
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.48'\necho '#$ TOP={toolkit}' >&2\n")
+    nvcc.chmod(0o755)
+    flags = ["-DBCA_ONNXRUNTIME=OFF", "-DBCA_TENSORRT=ON", f"-DTENSORRT_ROOT={native.SDK / 'tensorrt'}"]
+    done = configure(tmp_path / "build", *flags, f"-DCUDAToolkit_ROOT={toolkit}")
+    assert done.returncode == 0, done.stderr
+    assert cached(tmp_path / "build", "BCA_CUDA_INCLUDE") == str(toolkit / "include")
 
 
 def test_without_onnxruntime_the_choice_of_backends_compiles_and_names_the_option(release: Path, tmp_path: Path) -> None:
@@ -448,6 +543,7 @@ def test_a_bundle_opens_in_less_than_100_ms(bca_run: Path, exported: Bundle) -> 
 # The gRPC server, called by the public client.
 
 grpcclient = pytest.importorskip("tritonclient.grpc")
+grpc = pytest.importorskip("grpc")
 
 
 @pytest.fixture
@@ -536,6 +632,34 @@ def test_the_server_refuses_in_the_sessions_words(server: Any) -> None:
     short[0].set_shared_memory("region", 64)
     assert "this server has no shared memory" in refusal(lambda: client.infer("model", short))[1]
     assert client.is_server_live()  # none of that has hurt it
+
+
+def test_the_server_writes_an_output_once_and_has_one_version(server: Any) -> None:
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    client, _ = server()
+    given = request(inputs(1, 2, 3, dims=(8, 6)))
+    outputs = [grpcclient.InferRequestedOutput(name) for name in ("out", "context_out", "out")]
+    twice = refusal(lambda: client.infer("model", given, outputs=outputs))
+    assert twice == ("StatusCode.INVALID_ARGUMENT", "output out is asked for twice")
+    many = service_pb2.ModelInferRequest(model_name="model")
+    many.outputs.extend(many.InferRequestedOutputTensor(name="out") for _ in range(100_000))
+    with pytest.raises(grpc.RpcError, match="output out is asked for twice"):  # before its inputs are looked at
+        service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelInfer(many)
+    assert client.infer("model", given, model_version="1").get_response().model_version == "1"
+    code, message = refusal(lambda: client.infer("model", given, model_version="7"))
+    assert (code, message) == ("StatusCode.NOT_FOUND", "there is no version '7' of model here; there is 1, or leave it out")
+    assert refusal(lambda: client.get_model_metadata("model", "7"))[0] == "StatusCode.NOT_FOUND"
+    assert client.is_model_ready("model", "1")
+    assert not client.is_model_ready("model", "7")
+
+
+def test_the_servers_threads_do_not_spin(release: Path, tmp_path: Path) -> None:
+    def open_it(ort: bytes) -> None:  # the double's outputs are not the model's, so the server ends by itself
+        done = native.run([release / "examples" / "grpc_server", FIXTURE], BCA_ORT_LIBRARY=ort.decode())
+        assert "self-test" in done.stderr
+
+    assert "session.intra_op.allow_spinning 0\n" in fake_ort_options(release, tmp_path / "log", open_it)
 
 
 def test_messages_over_the_limit_are_refused(server: Any) -> None:

@@ -28,6 +28,7 @@ using Clock = std::chrono::system_clock;
 using grpc::Status;
 using grpc::StatusCode;
 
+constexpr const char* kVersion = "1";  // of the model: a bundle has no other
 constexpr int kMost = 1'000'000'000, kMostMegabytes = 2047;  // a message's size is an int to gRPC
 
 struct Settings {
@@ -142,7 +143,7 @@ class Service final : public inference::GRPCInferenceService::Service {
     return Status::OK;
   }
   Status ModelReady(grpc::ServerContext*, const inference::ModelReadyRequest* request, inference::ModelReadyResponse* response) override {
-    response->set_ready(ready_ && request->name() == settings_.name);
+    response->set_ready(ready_ && check_model(request->name(), request->version()).ok());
     return Status::OK;
   }
   Status ServerMetadata(grpc::ServerContext*, const inference::ServerMetadataRequest*, inference::ServerMetadataResponse* response) override {
@@ -151,9 +152,9 @@ class Service final : public inference::GRPCInferenceService::Service {
     return Status::OK;
   }
   Status ModelMetadata(grpc::ServerContext*, const inference::ModelMetadataRequest* request, inference::ModelMetadataResponse* response) override {
-    if (const Status status = check_name(request->name()); !status.ok()) return status;
+    if (const Status status = check_model(request->name(), request->version()); !status.ok()) return status;
     response->set_name(settings_.name);
-    response->add_versions("1");
+    response->add_versions(kVersion);
     response->set_platform(bca::name_of(session_.backend()));
     for (const auto& tensor : session_.inputs()) describe(tensor, response->add_inputs());
     for (const auto& tensor : session_.outputs()) describe(tensor, response->add_outputs());
@@ -161,7 +162,7 @@ class Service final : public inference::GRPCInferenceService::Service {
   }
   Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request, inference::ModelInferResponse* response) override {
     if (!ready_) return {StatusCode::UNAVAILABLE, "the server is stopping; ask another"};
-    if (const Status status = check_name(request->model_name()); !status.ok()) return status;
+    if (const Status status = check_model(request->model_name(), request->model_version()); !status.ok()) return status;
     const auto limit = Clock::now() + std::chrono::milliseconds(settings_.time_limit_ms);
     if (const Status status = places_.take(std::min(limit, context->deadline())); !status.ok()) return status;
     const Given given{places_};
@@ -169,9 +170,10 @@ class Service final : public inference::GRPCInferenceService::Service {
   }
 
  private:
-  Status check_name(const std::string& name) const {
-    if (name == settings_.name) return Status::OK;
-    return {StatusCode::NOT_FOUND, "there is no model '" + name + "' here; there is " + settings_.name};
+  Status check_model(const std::string& name, const std::string& version) const {
+    if (name != settings_.name) return {StatusCode::NOT_FOUND, "there is no model '" + name + "' here; there is " + settings_.name};
+    if (version.empty() || version == kVersion) return Status::OK;
+    return {StatusCode::NOT_FOUND, "there is no version '" + version + "' of " + name + " here; there is " + kVersion + ", or leave it out"};
   }
 
   static void describe(const bca::TensorInfo& tensor, inference::ModelMetadataResponse::TensorMetadata* described) {
@@ -185,11 +187,12 @@ class Service final : public inference::GRPCInferenceService::Service {
 
   Status infer(const inference::ModelInferRequest& request, inference::ModelInferResponse& response) const {
     try {
+      const std::vector<std::string> names = wanted(request);  // refused before anything is run
       const bca::Outputs outputs = session_.run(inputs_of(request));
       response.set_model_name(settings_.name);
-      response.set_model_version("1");
+      response.set_model_version(kVersion);
       response.set_id(request.id());
-      for (const std::string& name : wanted(request)) write(name, outputs.at(name), response);
+      for (const std::string& name : names) write(name, outputs.at(name), response);
       return Status::OK;
     } catch (const bca::InputError& error) {
       return {StatusCode::INVALID_ARGUMENT, error.what()};
@@ -198,11 +201,14 @@ class Service final : public inference::GRPCInferenceService::Service {
     }
   }
 
+  /// Each at most once: a few bytes of the request ask for a whole tensor.
   std::vector<std::string> wanted(const inference::ModelInferRequest& request) const {
     std::vector<std::string> known, names;
     for (const auto& tensor : session_.outputs()) known.push_back(tensor.name);
     for (const auto& output : request.outputs()) {
-      if (std::find(known.begin(), known.end(), output.name()) == known.end()) throw bca::InputError("the model has no output '" + output.name() + "'");
+      const auto is_in = [&](const std::vector<std::string>& all) { return std::find(all.begin(), all.end(), output.name()) != all.end(); };
+      if (!is_in(known)) throw bca::InputError("the model has no output '" + output.name() + "'");
+      if (is_in(names)) throw bca::InputError("output " + output.name() + " is asked for twice");
       names.push_back(output.name());
     }
     return names.empty() ? known : names;
@@ -255,6 +261,7 @@ Settings settings_from(const std::vector<std::string>& words) {
 bca::Session open_ready(const Settings& settings) {
   bca::Options options;
   options.threads = settings.threads;
+  options.spinning = false;  // requests come with pauses, and waiting ones need the cores
   bca::Session session = bca::Session::open(settings.bundle, options);
   session.selftest();
   session.warmup();

@@ -81,7 +81,7 @@ std::unique_ptr<Runner> open_cuda([[maybe_unused]] const Bundle& bundle, [[maybe
     throw EngineError("this onnxruntime has no CUDA provider; use the library of onnxruntime's GPU build");
   }
   const ModelEntry& model = portable(bundle, options, {Precision::Fp16, Precision::Bf16, Precision::Fp32});
-  return std::make_unique<OrtRunner>(std::move(library), bundle, model, Backend::OnnxRuntimeCuda, options.threads, options.device);
+  return std::make_unique<OrtRunner>(std::move(library), bundle, model, Backend::OnnxRuntimeCuda, options);
 #else
   return not_built("onnxruntime", "BCA_ONNXRUNTIME", "ORT_ROOT");
 #endif
@@ -91,7 +91,7 @@ std::unique_ptr<Runner> open_cpu([[maybe_unused]] const Bundle& bundle, [[maybe_
 #ifdef BCA_ONNXRUNTIME
   const ModelEntry& model = cpu_model(bundle, options);
   auto library = OrtLibrary::open(options.onnxruntime_library);
-  return std::make_unique<OrtRunner>(std::move(library), bundle, model, Backend::OnnxRuntimeCpu, options.threads, 0);
+  return std::make_unique<OrtRunner>(std::move(library), bundle, model, Backend::OnnxRuntimeCpu, options);
 #else
   return not_built("onnxruntime", "BCA_ONNXRUNTIME", "ORT_ROOT");
 #endif
@@ -141,7 +141,7 @@ std::pair<std::unique_ptr<Runner>, Explanation> choose(const Bundle& bundle, con
       reasons.push_back(std::string(name_of(candidate)) + ": " + error.what());
     }
   }
-  throw Error("nothing here runs this bundle: " + text::join(reasons, "; "));
+  throw EngineError("nothing here runs this bundle: " + text::join(reasons, "; "));
 }
 
 }  // namespace bca

@@ -8,7 +8,7 @@
 
 namespace bca {
 
-/// Throws InputError, or the error of the backend asked for: it never falls back. With Auto, Error where none works.
+/// Throws InputError, or the error of the backend asked for: it never falls back. With Auto, EngineError where none works.
 std::pair<std::unique_ptr<Runner>, Explanation> choose(const Bundle& bundle, const Options& options);
 
 }  // namespace bca

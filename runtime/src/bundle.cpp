@@ -23,6 +23,7 @@ Manifest read_manifest_file(const fs::path& directory) {
 
 bool is_inside(const fs::path& file, const fs::path& directory) {
   const fs::path root = fs::weakly_canonical(directory), full = fs::weakly_canonical(file);
+  if (root.empty()) return false;  // every path begins with nothing
   auto at = full.begin();
   for (const fs::path& part : root) {
     if (at == full.end() || *at++ != part) return false;
@@ -78,6 +79,7 @@ fs::path Bundle::path(const std::string& name) const {
 }
 
 Bundle open_bundle(const fs::path& directory, Verify verify) {
+  if (directory.empty()) throw BundleError("the bundle's path is empty; give its directory, '.' for this one");
   std::error_code ignored;
   if (fs::is_regular_file(directory, ignored)) {
     throw BundleError(directory.string() + " is a file, and this runtime opens directories; unpack it first: unzip " +

@@ -70,6 +70,7 @@ bca::Options options_of(const bca_open_options* given) {
   options.device = from.device;
   if (from.contexts) options.contexts = from.contexts;
   options.host_code = from.host_code != 0;
+  options.spinning = from.no_spinning == 0;
   return options;
 }
 

@@ -47,10 +47,11 @@ double largest_lost(const std::vector<double>& values, const std::vector<double>
 void check_possible(const TensorInfo& input, const View& view, bool cast) {
   const bool mask = input.dtype == DType::Bool;
   const bool known = mask ? view.dtype > DType::Bool : is_float(view.dtype);  // the integers come after Bool
-  const bool possible = known && view.memory == Memory::Cpu;
-  if (cast && possible) return;
+  const bool on_cpu = view.memory == Memory::Cpu;
+  if (cast && known && on_cpu) return;
+  const char* way_out = on_cpu ? "; cast=True converts it" : "; convert it on the GPU";
   throw InputError("input " + input.name + " has dtype " + name_of(view.dtype) + ", and needs " + name_of(input.dtype) +
-                   (possible ? "; cast=True converts it" : ""));
+                   (known ? way_out : ""));
 }
 
 void check_mask(const TensorInfo& input, const std::vector<double>& values) {

@@ -10,6 +10,10 @@
 namespace bca {
 namespace {
 
+void check_pointer(const std::string& name, const View& view) {
+  if (!view.data) throw InputError("input " + name + " has no memory: its pointer is null; leave a mask out instead");
+}
+
 bool is_optional(const TensorInfo& input) { return input.name == "mask" || input.name == "context_mask"; }
 
 /// A bool that is neither 0 nor 1 is undefined in C++ and in the kernels; numpy cannot make one, other callers can.
@@ -63,12 +67,19 @@ Ready Contract::check(const Inputs& given, bool cast) const {
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     const TensorInfo& input = inputs_[i];
     const View* view = find(given, input.name);
+    if (view) check_pointer(input.name, *view);  // after the sizes: what is empty may be null, and is refused for its size
     if (!view) ready.views[i] = ready.owned.emplace_back(all_true(shape_at(input.axes, ready.sizes)));
     else if (view->dtype == input.dtype) ready.views[i] = *view;
     else ready.views[i] = ready.owned.emplace_back(cast_to(input, *view, cast));
     if (view) check_bools(input.name, ready.views[i]);
   }
   return ready;
+}
+
+void Contract::check(const Sizes& sizes) const {
+  Known known;
+  for (const TensorInfo& input : inputs_) check_shape(input, shape_at(input.axes, sizes), known);
+  check_profiles(sizes);
 }
 
 /// Checked against everything that is known of them.
@@ -107,7 +118,6 @@ void Contract::check_names(const Inputs& given) const {
       throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_));
     }
     if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
-    if (!view.data) throw InputError("input " + name + " has no memory: its pointer is null; leave a mask out instead");
   }
 }
 

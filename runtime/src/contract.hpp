@@ -30,6 +30,9 @@ class Contract {
   /// Throws InputError, naming the input, the axis, what it got, what is allowed and the way out.
   Ready check(const Inputs& given, bool cast) const;
 
+  /// The same for a request of these sizes that is yet to be made.
+  void check(const Sizes& sizes) const;
+
  private:
   struct Known;
   const View* find(const Inputs& given, const std::string& name) const;

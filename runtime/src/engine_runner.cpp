@@ -77,10 +77,20 @@ EngineRunner::EngineRunner(RunnerInfo info, std::unique_ptr<Gpu> gpu, std::uniqu
 EngineRunner::~EngineRunner() {
   try {
     const OnGpu device(*gpu_);
-    for (auto& slot : slots_) gpu_->wait_for(slot->done);  // work queued on a caller's stream
+    wait_for_calls();
     slots_.clear();
+    engine_.reset();
   } catch (const EngineError&) {  // the GPU is gone, and the memory with it
-    slots_.clear();
+  }
+}
+
+/// Work that was queued on a caller's stream may not have ended.
+void EngineRunner::wait_for_calls() noexcept {
+  for (const auto& slot : slots_) {
+    try {
+      gpu_->wait_for(slot->done);
+    } catch (const EngineError&) {  // it has failed, so it uses nothing any more
+    }
   }
 }
 

@@ -24,6 +24,7 @@ class EngineRunner : public Runner {
   class Lease;
 
   Slot* take(std::size_t profile);
+  void wait_for_calls() noexcept;
   void give(Slot* slot, void* broken_stream) noexcept;  // null: the call went well
   std::unique_ptr<Slot> make_slot();
   void queue(Slot& slot, std::size_t profile, const std::vector<View>& inputs, const std::vector<MutableView>& outputs, void* stream);

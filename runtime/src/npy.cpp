@@ -127,6 +127,33 @@ std::string header_for(const View& array) {
   return header + "\n";
 }
 
+/// A link is not: /dev/stdout is one, and its name must stay what it is.
+bool is_replaced(const std::filesystem::path& file) {
+  std::error_code ignored;
+  const auto status = std::filesystem::symlink_status(file, ignored);
+  return !std::filesystem::exists(status) || std::filesystem::is_regular_file(status);
+}
+
+bool write_to(const std::filesystem::path& file, const View& array) {
+  const std::string header = header_for(array);
+  std::ofstream stream(file, std::ios::binary);
+  stream << "\x93NUMPY" << '\x01' << '\x00' << static_cast<char>(header.size() & 0xff) << static_cast<char>(header.size() >> 8) << header;
+  stream.write(static_cast<const char*>(array.data), static_cast<std::streamsize>(count_of(array.shape) * size_of(array.dtype)));
+  stream.close();
+  return static_cast<bool>(stream);
+}
+
+bool replace(const std::filesystem::path& file, const View& array) {
+  std::filesystem::path partial = file;
+  partial += "." + std::to_string(::getpid()) + ".part";
+  std::error_code error;
+  const bool written = write_to(partial, array);
+  if (written) std::filesystem::rename(partial, file, error);
+  if (written && !error) return true;
+  std::filesystem::remove(partial, error);
+  return false;
+}
+
 }  // namespace
 
 Tensor parse(std::string_view bytes, const std::string& what) {
@@ -146,19 +173,8 @@ Tensor parse(std::string_view bytes, const std::string& what) {
 Tensor read(const std::filesystem::path& file) { return parse(bytes::read(file), file.string()); }
 
 void write(const std::filesystem::path& file, const View& array) {
-  const std::string header = header_for(array);
-  std::filesystem::path partial = file;
-  partial += "." + std::to_string(::getpid()) + ".part";
-  std::ofstream stream(partial, std::ios::binary);
-  stream << "\x93NUMPY" << '\x01' << '\x00' << static_cast<char>(header.size() & 0xff) << static_cast<char>(header.size() >> 8) << header;
-  stream.write(static_cast<const char*>(array.data), static_cast<std::streamsize>(count_of(array.shape) * size_of(array.dtype)));
-  stream.close();
-  std::error_code error;
-  if (stream) std::filesystem::rename(partial, file, error);
-  if (!stream || error) {
-    std::filesystem::remove(partial, error);
-    throw InputError(file.string() + " cannot be written; check the directory, its permissions and the disk's free space");
-  }
+  const bool written = is_replaced(file) ? replace(file, array) : write_to(file, array);
+  if (!written) throw InputError(file.string() + " cannot be written; check the directory, its permissions and the disk's free space");
 }
 
 }  // namespace bca::npy

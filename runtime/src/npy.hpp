@@ -19,7 +19,8 @@ std::map<std::string, Tensor> parse_npz(std::string_view bytes, const std::strin
 Tensor read(const std::filesystem::path& file);
 std::map<std::string, Tensor> read_npz(const std::filesystem::path& file);
 
-/// Writes beside the target and renames, so that a reader sees the old file or the whole new one. bfloat16, which numpy
+/// Writes beside the target and renames, so that a reader sees the old file or the whole new one; straight into what is there
+/// and no regular file, such as /dev/stdout, a pipe or a link. bfloat16, which numpy
 /// has no name for, goes out as raw pairs of bytes.
 void write(const std::filesystem::path& file, const View& array);
 

@@ -1,6 +1,7 @@
 #include "ort_library.hpp"
 
 #include <cstdlib>
+#include <mutex>
 
 #include "library.hpp"
 
@@ -9,6 +10,12 @@ namespace {
 
 // The oldest version that reads the models of a bundle (ONNX IR 10); a newer library still serves its functions.
 constexpr std::uint32_t kApiVersion = 18;
+
+// onnxruntime's environments share one logger, which it destroys after its own lock: another one made meanwhile fails.
+std::mutex& environments() {
+  static std::mutex mutex;
+  return mutex;
+}
 
 std::vector<std::string> places(const std::string& path) {
   if (!path.empty()) return {path};
@@ -31,10 +38,14 @@ OrtLibrary::OrtLibrary(void* handle) {
   version = get()->GetVersionString();
   api = get()->GetApi(kApiVersion);
   if (!api) throw MissingDependencyError("onnxruntime " + version + " is too old; version 1." + std::to_string(kApiVersion) + " or later is needed");
+  const std::lock_guard lock(environments());
   check(api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "bca", &env), "onnxruntime does not start");
 }
 
-OrtLibrary::~OrtLibrary() { api->ReleaseEnv(env); }
+OrtLibrary::~OrtLibrary() {
+  const std::lock_guard lock(environments());
+  api->ReleaseEnv(env);
+}
 
 void OrtLibrary::check(OrtStatus* status, const std::string& what) const {
   if (!status) return;

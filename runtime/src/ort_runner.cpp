@@ -37,8 +37,8 @@ RunnerInfo info_of(const OrtLibrary& library, const Bundle& bundle, const ModelE
 
 }  // namespace
 
-OrtRunner::OrtRunner(std::shared_ptr<OrtLibrary> library, const Bundle& bundle, const ModelEntry& model, Backend backend, int threads,
-                     int device)
+OrtRunner::OrtRunner(std::shared_ptr<OrtLibrary> library, const Bundle& bundle, const ModelEntry& model, Backend backend,
+                     const Options& options)
     : Runner(info_of(*library, bundle, model, backend)),
       library_(std::move(library)),
       cpu_(nullptr, library_->api->ReleaseMemoryInfo),
@@ -47,28 +47,35 @@ OrtRunner::OrtRunner(std::shared_ptr<OrtLibrary> library, const Bundle& bundle, 
   library_->check(library_->api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory), "onnxruntime has no CPU memory");
   cpu_.reset(memory);
   const std::string file = bundle.path(model.file).string();
-  on_own_thread([&] { session_ = make(file, threads, device); });
+  on_own_thread([&] { session_ = make(file, options); });
 }
 
-OrtPtr<OrtSession> OrtRunner::make(const std::string& file, int threads, int device) const {
+OrtPtr<OrtSession> OrtRunner::make(const std::string& file, const Options& given) const {
   const OrtApi& api = *library_->api;
   OrtSessionOptions* made = nullptr;
   library_->check(api.CreateSessionOptions(&made), "onnxruntime makes no options");
   const OrtPtr<OrtSessionOptions> options(made, api.ReleaseSessionOptions);
-  library_->check(api.SetIntraOpNumThreads(made, threads), "onnxruntime refuses the number of threads");
+  library_->check(api.SetIntraOpNumThreads(made, given.threads), "onnxruntime refuses the number of threads");
   library_->check(api.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), "onnxruntime refuses the log level");
-  if (info.backend == Backend::OnnxRuntimeCuda) {
-    add_cuda(made, device);
-  } else {  // for the threads of its pool; the calling thread flushes by itself
-    library_->check(api.AddSessionConfigEntry(made, "session.set_denormal_as_zero", "1"), "onnxruntime refuses an option");
-  }
+  const bool on_cuda = info.backend == Backend::OnnxRuntimeCuda;
+  if (on_cuda) add_cuda(made, given.device);
+  else add_cpu(made, given.spinning);
   OrtSession* session = nullptr;
   try {
     library_->check(api.CreateSession(library_->env, file.c_str(), made, &session), "onnxruntime does not open " + file);
   } catch (const EngineError& error) {
+    if (on_cuda) throw;
     throw BundleError(error.what());
   }
   return {session, api.ReleaseSession};
+}
+
+void OrtRunner::add_cpu(OrtSessionOptions* options, bool spinning) const {
+  const auto set = [&](const char* key, const char* value) {
+    library_->check(library_->api->AddSessionConfigEntry(options, key, value), "onnxruntime refuses an option");
+  };
+  set("session.set_denormal_as_zero", "1");  // for the threads of its pool; the calling thread flushes by itself
+  set("session.intra_op.allow_spinning", spinning ? "1" : "0");
 }
 
 void OrtRunner::add_cuda(OrtSessionOptions* options, int device) const {

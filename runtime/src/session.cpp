@@ -13,6 +13,8 @@ namespace {
 
 constexpr const char* kAdvice = "cut the sequence into pieces, or export again with wider dims";
 
+constexpr std::uintptr_t kGpuAlignment = 256;  // what TensorRT asks of addresses
+
 std::vector<std::string> names_in(const OutputViews& outputs) {
   std::vector<std::string> names;
   for (const auto& [name, view] : outputs) names.push_back(name);
@@ -25,6 +27,28 @@ void check_output(const TensorInfo& tensor, const MutableView& view, const Shape
                    "; a writable, C-contiguous array of " + text::shown(wanted) + " " + name_of(tensor.dtype) + " is needed");
 }
 
+/// Null and empty memory overlap nothing.
+template <typename Left, typename Right> bool overlap(const Left& a, const Right& b) {
+  const auto start = [](const auto& view) { return reinterpret_cast<std::uintptr_t>(view.data); };
+  const auto bytes = [](const auto& view) { return count_of(view.shape) * size_of(view.dtype); };
+  return a.data && b.data && start(a) < start(b) + bytes(b) && start(b) < start(a) + bytes(a);
+}
+
+/// A model writes an output while it still reads its inputs.
+void check_overlaps(const Inputs& inputs, const OutputViews& outputs) {
+  const auto refuse = [](const std::string& output, const std::string& other) {
+    throw InputError("output " + output + " overlaps " + other + " in memory; give each output memory of its own");
+  };
+  for (auto one = outputs.begin(); one != outputs.end(); ++one) {
+    for (auto other = outputs.begin(); other != one; ++other) {
+      if (overlap(one->second, other->second)) refuse(one->first, "output " + other->first);
+    }
+    for (const auto& [name, view] : inputs) {
+      if (overlap(one->second, view)) refuse(one->first, "input " + name);
+    }
+  }
+}
+
 }  // namespace
 
 struct Session::State {
@@ -34,19 +58,25 @@ struct Session::State {
   Contract contract;
 
   const RunnerInfo& info() const { return runner->info; }
-  void check_memory(Memory memory, const char* kind, const std::string& name) const;
+  template <typename AnyView> void check_memory(const AnyView& view, const char* kind, const std::string& name) const;
   Ready ready(const Inputs& inputs, const RunOptions& options) const;
   std::vector<MutableView> in_order(const OutputViews& outputs, const Sizes& sizes) const;
 };
 
-void Session::State::check_memory(Memory memory, const char* kind, const std::string& name) const {
-  if (memory == Memory::Cpu || runner->on_gpu()) return;
-  throw InputError(std::string(kind) + " " + name + " is on cuda, and this session runs on " + name_of(info().backend) +
-                   ", which takes host memory; copy it, or open with an engine");
+template <typename AnyView> void Session::State::check_memory(const AnyView& view, const char* kind, const std::string& name) const {
+  if (view.memory == Memory::Cpu) return;
+  if (!runner->on_gpu()) {
+    throw InputError(std::string(kind) + " " + name + " is on cuda, and this session runs on " + name_of(info().backend) +
+                     ", which takes host memory; copy it, or open with an engine");
+  }
+  const std::uintptr_t beyond = reinterpret_cast<std::uintptr_t>(view.data) % kGpuAlignment;
+  if (beyond == 0) return;
+  throw InputError(std::string(kind) + " " + name + " lies " + std::to_string(beyond) + " bytes beyond a multiple of " +
+                   std::to_string(kGpuAlignment) + ", and engines take GPU memory at multiples alone; copy it to the start of an allocation");
 }
 
 Ready Session::State::ready(const Inputs& inputs, const RunOptions& options) const {
-  for (const auto& [name, view] : inputs) check_memory(view.memory, "input", name);
+  for (const auto& [name, view] : inputs) check_memory(view, "input", name);
   if (options.stream && !runner->on_gpu()) {
     throw InputError(std::string("a stream is given, and this session runs on ") + name_of(info().backend) + ", which has none; leave it out");
   }
@@ -61,7 +91,7 @@ std::vector<MutableView> Session::State::in_order(const OutputViews& outputs, co
     known.push_back(tensor.name);
     const auto found = std::find_if(outputs.begin(), outputs.end(), [&](const auto& given) { return given.first == tensor.name; });
     if (found == outputs.end()) continue;
-    check_memory(found->second.memory, "output", tensor.name);
+    check_memory(found->second, "output", tensor.name);
     check_output(tensor, found->second, shape_at(tensor.axes, sizes));
     ordered.push_back(found->second);
   }
@@ -94,7 +124,17 @@ Outputs Session::run(const Inputs& inputs, const RunOptions& options) const {
 
 void Session::run_into(const Inputs& inputs, const OutputViews& outputs, const RunOptions& options) const {
   const Ready ready = state_->ready(inputs, options);
-  state_->runner->run(ready.views, state_->in_order(outputs, ready.sizes), options.stream);
+  const std::vector<MutableView> ordered = state_->in_order(outputs, ready.sizes);
+  check_overlaps(inputs, outputs);
+  state_->runner->run(ready.views, ordered, options.stream);
+}
+
+std::vector<std::pair<std::string, Tensor>> Session::zeros(std::int64_t batch, std::int64_t x_len, std::int64_t context_len) const {
+  const Sizes sizes = {batch, x_len, context_len};
+  state_->contract.check(sizes);
+  std::vector<std::pair<std::string, Tensor>> made;
+  for (const TensorInfo& tensor : inputs()) made.emplace_back(tensor.name, Tensor::zeros(tensor.dtype, shape_at(tensor.axes, sizes)));
+  return made;
 }
 
 void Session::warmup(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes) const {
@@ -102,12 +142,8 @@ void Session::warmup(const std::vector<std::tuple<std::int64_t, std::int64_t, st
   auto wanted = shapes;
   if (wanted.empty()) wanted.emplace_back(d.batch.opt, d.x_len.opt, d.context_len.opt);
   for (const auto& [batch, x_len, context_len] : wanted) {
-    std::vector<Tensor> zeros;
-    Inputs views;
-    for (const TensorInfo& tensor : inputs()) {
-      views.emplace_back(tensor.name, zeros.emplace_back(Tensor::zeros(tensor.dtype, shape_at(tensor.axes, {batch, x_len, context_len}))));
-    }
-    run(views);
+    const auto arrays = zeros(batch, x_len, context_len);
+    run(Inputs(arrays.begin(), arrays.end()));
   }
 }
 

@@ -1,5 +1,6 @@
 // An ONNX Runtime of a few functions, for ThreadSanitizer, which sees through the real one as little as through any other
 // library that was not compiled with it. Its "model" gives out = 2x and context_out = 3context where masks are all true.
+// $FAKE_ORT_CUDA: it has the CUDA provider too. $FAKE_ORT_LOG: a file that gets a line for each option of a session.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@ struct OrtStatus {
 struct OrtEnv {};
 struct OrtMemoryInfo {};
 struct OrtSessionOptions {};
+struct OrtCUDAProviderOptionsV2 {};
 struct OrtSession {
   std::string text;
   std::atomic<long> calls{0};
@@ -31,6 +33,11 @@ struct OrtValue {
 namespace {
 
 OrtStatus* fail(const std::string& message) { return new OrtStatus{message}; }
+
+OrtStatus* note(const std::string& line) {
+  if (const char* file = std::getenv("FAKE_ORT_LOG")) std::ofstream(file, std::ios::app) << line << "\n";
+  return nullptr;
+}
 
 OrtStatus* scale(const OrtValue* from, OrtValue* to, float factor) {
   if (from->bytes != to->bytes) return fail("sizes differ");
@@ -55,14 +62,26 @@ OrtStatus* open_session(const OrtEnv*, const char* path, const OrtSessionOptions
   std::ifstream file(path);
   *session = new OrtSession;
   std::getline(file, (*session)->text);
-  return nullptr;
+  if ((*session)->text != "does not open") return nullptr;
+  delete *session;
+  return fail("the fake was told to");
 }
 
 OrtStatus* providers(char*** names, int* count) noexcept {
-  static char name[] = "CPUExecutionProvider";
-  *names = new char*[1]{name};
-  *count = 1;
+  static char cpu[] = "CPUExecutionProvider", cuda[] = "CUDAExecutionProvider";
+  *names = new char*[2]{cpu, cuda};
+  *count = std::getenv("FAKE_ORT_CUDA") ? 2 : 1;
   return nullptr;
+}
+
+void add_cuda(OrtApi& api) {
+  api.CreateCUDAProviderOptions = [](OrtCUDAProviderOptionsV2** made) noexcept -> OrtStatus* { return *made = new OrtCUDAProviderOptionsV2, nullptr; };
+  api.ReleaseCUDAProviderOptions = [](OrtCUDAProviderOptionsV2* made) noexcept { delete made; };
+  api.UpdateCUDAProviderOptions = [](OrtCUDAProviderOptionsV2*, const char* const* keys, const char* const* values, size_t count) noexcept -> OrtStatus* {
+    for (size_t i = 0; i < count; ++i) note(std::string(keys[i]) + " " + values[i]);
+    return nullptr;
+  };
+  api.SessionOptionsAppendExecutionProvider_CUDA_V2 = [](OrtSessionOptions*, const OrtCUDAProviderOptionsV2*) noexcept { return note("on CUDA"); };
 }
 
 OrtApi make_api() {
@@ -75,9 +94,9 @@ OrtApi make_api() {
   api.ReleaseMemoryInfo = [](OrtMemoryInfo* info) noexcept { delete info; };
   api.CreateSessionOptions = [](OrtSessionOptions** options) noexcept -> OrtStatus* { return *options = new OrtSessionOptions, nullptr; };
   api.ReleaseSessionOptions = [](OrtSessionOptions* options) noexcept { delete options; };
-  api.SetIntraOpNumThreads = [](OrtSessionOptions*, int) noexcept -> OrtStatus* { return nullptr; };
+  api.SetIntraOpNumThreads = [](OrtSessionOptions*, int threads) noexcept { return note("threads " + std::to_string(threads)); };
   api.SetSessionLogSeverityLevel = [](OrtSessionOptions*, int) noexcept -> OrtStatus* { return nullptr; };
-  api.AddSessionConfigEntry = [](OrtSessionOptions*, const char*, const char*) noexcept -> OrtStatus* { return nullptr; };
+  api.AddSessionConfigEntry = [](OrtSessionOptions*, const char* key, const char* value) noexcept { return note(std::string(key) + " " + value); };
   api.GetAvailableProviders = providers;
   api.ReleaseAvailableProviders = [](char** names, int) noexcept -> OrtStatus* { return delete[] names, nullptr; };
   api.CreateSession = open_session;
@@ -86,6 +105,7 @@ OrtApi make_api() {
                                           OrtValue** value) noexcept -> OrtStatus* { return *value = new OrtValue{static_cast<float*>(data), bytes}, nullptr; };
   api.ReleaseValue = [](OrtValue* value) noexcept { delete value; };
   api.Run = run;
+  add_cuda(api);
   return api;
 }
 

@@ -1,5 +1,7 @@
 // A TensorRT of a few functions behind the real headers: a shared library that the runtime opens like the real one. Its plan is
 // text: "fake engine", then words that tell it what to do. It gives out = 2x where the mask is true, and context_out = 3context.
+#include <cuda_runtime_api.h>
+
 #include <map>
 #include <sstream>
 #include <string>
@@ -15,6 +17,12 @@ ILogger* logger = nullptr;
 bool refuse(const char* why) {
   logger->log(ILogger::Severity::kERROR, why);
   return false;
+}
+
+int current_device() {
+  int device = -1;
+  cudaGetDevice(&device);
+  return device;
 }
 
 Dims dims(int batch, int length, int features) {
@@ -68,7 +76,11 @@ class FakeEngine : public ICudaEngine, UnusedVCudaEngine {
  public:
   explicit FakeEngine(std::string words) : words_(std::move(words)) { mImpl = this; }
 
+  ~FakeEngine() override {
+    if (current_device() != device_) std::abort();
+  }
   IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy) noexcept override {
+    if (current_device() != device_) return refuse("the engine is on another device"), nullptr;
     if (words_.find("no-context") == std::string::npos) return new FakeContext(words_);
     return refuse("no memory for a context"), nullptr;
   }
@@ -87,6 +99,7 @@ class FakeEngine : public ICudaEngine, UnusedVCudaEngine {
 
  private:
   std::string words_;
+  const int device_ = current_device();
 };
 
 class FakeRuntime : public IRuntime, UnusedVRuntime {

@@ -37,6 +37,10 @@ struct World {
     const std::lock_guard lock(mutex);
     return std::exchange(devices.try_emplace(std::this_thread::get_id(), 7).first->second, device);
   }
+  int device() {
+    const std::lock_guard lock(mutex);
+    return devices[std::this_thread::get_id()];
+  }
   std::size_t count(const std::string& what) {
     const std::lock_guard lock(mutex);
     return static_cast<std::size_t>(std::count(log.begin(), log.end(), what));
@@ -64,7 +68,9 @@ class Gpu : public bca::Gpu {
   }
   void release(void* memory) noexcept override {
     const std::lock_guard lock(world_.mutex);
-    if (world_.memory.erase(memory)) std::free(memory);
+    if (!world_.memory.erase(memory)) return;
+    std::free(memory);
+    world_.log.push_back("free");
   }
   void copy_in(void* to, const void* from, std::size_t bytes, void* stream) override {
     ASSERT_GE(world_.room(to), bytes);
@@ -176,6 +182,7 @@ class Context : public bca::EngineContext {
 class Engine : public bca::Engine {
  public:
   Engine(World& world, std::vector<bca::Profile> profiles) : world_(world), profiles_(std::move(profiles)) {}
+  ~Engine() override { world_.note("engine gone on " + std::to_string(world_.device())); }
   std::unique_ptr<bca::EngineContext> make_context() override {
     ++world_.made_contexts;
     return world_.refuse == "context" ? nullptr : std::make_unique<Context>(world_, profiles_);

@@ -32,6 +32,16 @@ class TemporaryDirectory {
   fs::path path;
 };
 
+/// A variable of the environment, for as long as this lives.
+class Variable {
+ public:
+  Variable(const char* name, const std::string& value) : name_(name) { setenv(name, value.c_str(), 1); }
+  ~Variable() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
 /// A copy of the fixture, to change.
 class BundleCopy {
  public:

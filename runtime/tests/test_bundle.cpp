@@ -77,6 +77,11 @@ TEST(Bundle, ADirectoryWithoutAManifestAndAnArchiveSayWhatToDo) {
   const BundleCopy copy;
   EXPECT_HAS(refused(copy.path / "models"), "is not a bundle: it has no manifest.json; make one with bca-export --out");
   EXPECT_HAS(refused("/nowhere/at/all"), "is not a bundle");
+  const support::fs::path before = support::fs::current_path();
+  support::fs::current_path(copy.path);
+  EXPECT_EQ(refused("."), "no error");
+  EXPECT_EQ(refused(""), "the bundle's path is empty; give its directory, '.' for this one");
+  support::fs::current_path(before);
   EXPECT_HAS(refused(copy.path / "manifest.json"), "is a file, and this runtime opens directories; unpack it first: unzip");
 }
 

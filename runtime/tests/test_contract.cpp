@@ -108,8 +108,14 @@ TEST(Contract, ANameGivenTwiceIsRefused) {
 }
 
 TEST(Contract, ANullPointerIsRefused) {
-  const bca::View nothing(static_cast<const float*>(nullptr), {2, 5, 24});
-  EXPECT_HAS(message_of<bca::InputError>([&] { contract("masks").check({{"x", nothing}}, false); }), "input x has no memory: its pointer is null");
+  const bca::Tensor context = ones({2, 3, 16});
+  const auto refused = [&](bca::DType dtype, std::int64_t length) {
+    const bca::View nothing(nullptr, dtype, {2, length, 24});
+    return message_of<bca::InputError>([&] { contract("masks").check({{"x", nothing}, {"context", context}}, true); });
+  };
+  EXPECT_HAS(refused(bca::DType::Float32, 5), "input x has no memory: its pointer is null");
+  EXPECT_HAS(refused(bca::DType::Float64, 5), "input x has no memory: its pointer is null");
+  EXPECT_EQ(refused(bca::DType::Float32, 0), "input x: axis 1 (x_len) is 0, allowed 2 to 16; cut it");  // an empty vector's
 }
 
 TEST(Contract, ABoolThatIsNeitherZeroNorOneIsRefused) {
@@ -155,6 +161,19 @@ TEST(Cast, ANumberThatBecomesInfiniteIsRefusedBesideOneThatIs) {
   const auto cast = [&](const float* values) { return bca::cast_to(half, {values, {3}}, true); };
   EXPECT_EQ(bca::as_doubles(cast(fits))[0], INFINITY);
   EXPECT_EQ(message_of<bca::InputError>([&] { cast(lost); }), "input x holds 7e+04, more than float16 can; scale it down");
+}
+
+TEST(Cast, OnTheGpuTheCallerConverts) {
+  const std::int64_t anything = 0;
+  const bca::TensorInfo single{"x", bca::DType::Float32, {std::int64_t{1}}}, mask{"mask", bca::DType::Bool, {std::int64_t{1}}};
+  const auto refused = [&](const bca::TensorInfo& input, bca::DType dtype, bool cast) {
+    return message_of<bca::InputError>([&] { bca::cast_to(input, {&anything, dtype, {1}, bca::Memory::Cuda}, cast); });
+  };
+  for (const bool cast : {false, true}) {
+    EXPECT_EQ(refused(single, bca::DType::Float16, cast), "input x has dtype float16, and needs float32; convert it on the GPU");
+    EXPECT_EQ(refused(mask, bca::DType::Int64, cast), "input mask has dtype int64, and needs bool; convert it on the GPU");
+    EXPECT_EQ(refused(single, bca::DType::Int32, cast), "input x has dtype int32, and needs float32");
+  }
 }
 
 TEST(Cast, AMaskNamesTheFirstThatIsNeitherZeroNorOne) {

@@ -161,6 +161,22 @@ TEST(EngineRunner, WithEverythingOnTheGpuACallOnlyQueues) {
   for (float* memory : at) gpu.release(memory);
 }
 
+TEST(EngineRunner, EndsAfterTheWorkOnACallersStreamAndOnItsDevice) {
+  World world;
+  auto runner = make(world);
+  doubles::Gpu gpu(world);
+  const support::Pair pair(1, 4, 4, 3);  // in host memory, and so through buffers of the runner
+  auto* out = static_cast<float*>(gpu.allocate(pair.x.bytes()));
+  auto* context_out = static_cast<float*>(gpu.allocate(pair.context.bytes()));
+  char stream = 0;
+  const auto cuda = bca::Memory::Cuda;
+  runner->run({pair.x, pair.context}, {{out, {1, 4, 8}, cuda}, {context_out, {1, 4, 6}, cuda}}, &stream);
+  world.log.clear();
+  runner.reset();
+  EXPECT_EQ(world.log, (std::vector<std::string>{"wait for the last call", "free", "free", "engine gone on 0"}));
+  for (float* memory : {out, context_out}) gpu.release(memory);
+}
+
 TEST(EngineRunner, OnTheCallersStreamHostOutputsAreThereOnReturn) {
   World world;
   auto runner = make(world);

@@ -1,4 +1,8 @@
 // Files as numpy writes them come in, others are refused; what goes out, numpy reads (tests/test_runtime.py asks it).
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <zlib.h>
 
 #include "npy.hpp"
@@ -74,6 +78,26 @@ std::string le(std::uint64_t value, int bytes) {
   std::string text;
   for (int i = 0; i < bytes; ++i) text += static_cast<char>(value >> (8 * i) & 0xff);
   return text;
+}
+
+TEST(Npy, WritesIntoAPipeThroughALinkAndLeavesBothInPlace) {
+  const support::TemporaryDirectory directory;
+  const auto pipe = directory.path / "pipe", link = directory.path / "link";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  support::fs::create_symlink(pipe, link);
+  const int reader = open(pipe.c_str(), O_RDONLY | O_NONBLOCK);
+  const float value = 5;
+  for (const auto& target : {pipe, link}) {
+    bca::npy::write(target, {&value, {1}});
+    char bytes[1000];
+    const auto count = read(reader, bytes, sizeof bytes);
+    ASSERT_GT(count, 0) << target;
+    EXPECT_EQ(bca::npy::parse({bytes, static_cast<std::size_t>(count)}, "pipe").data<float>()[0], 5.0f);
+  }
+  close(reader);
+  EXPECT_TRUE(support::fs::is_fifo(support::fs::symlink_status(pipe)));
+  EXPECT_TRUE(support::fs::is_symlink(support::fs::symlink_status(link)));
+  EXPECT_EQ(std::distance(support::fs::directory_iterator(directory.path), support::fs::directory_iterator()), 2);
 }
 
 struct ZipMember {

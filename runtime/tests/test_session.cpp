@@ -123,6 +123,34 @@ TEST(Session, WarmupRunsTheOptimalSizesOrThoseGiven) {
   EXPECT_HAS(message_of<bca::InputError>([&] { session.warmup({{1, 17, 3}}); }), "input x: axis 1 (x_len) is 17, allowed 1 to 16; cut the sequence into pieces");
 }
 
+TEST(Session, SizesAreCheckedBeforeMemoryIsAskedFor) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const auto refused = [&](std::int64_t batch, std::int64_t x_len, std::int64_t context_len) {
+    const std::string message = message_of<bca::InputError>([&] { session.warmup({{batch, x_len, context_len}}); });
+    EXPECT_EQ(message_of<bca::InputError>([&] { session.zeros(batch, x_len, context_len); }), message);
+    return message;
+  };
+  EXPECT_HAS(refused(1, 1'000'000'000'000, 1), "input x: axis 1 (x_len) is 1000000000000, allowed 1 to 16; ");
+  EXPECT_HAS(refused(1, 1, 1'000'000'000'000), "input context: axis 1 (context_len) is 1000000000000, allowed 1 to 16; ");
+  EXPECT_HAS(refused(-1, 4, 4), "input x: axis 0 (batch) is -1, allowed 1 to 4; ");
+  EXPECT_EQ(session.zeros(1, 2, 3)[1].second.shape(), (bca::Shape{1, 3, 6}));
+}
+
+TEST(Session, OutputsThatOverlapAnythingAreRefused) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  Pair pair(1, 4, 4, 1);
+  std::vector<float> memory(32 + 24);
+  const auto run = [&](float* out, float* context_out) {
+    return message_of<bca::InputError>([&] { session.run_into(pair.inputs(), {{"out", {out, {1, 4, 8}}}, {"context_out", {context_out, {1, 4, 6}}}}); });
+  };
+  const std::string advice = " in memory; give each output memory of its own";
+  EXPECT_EQ(run(memory.data(), memory.data() + 31), "output context_out overlaps output out" + advice);
+  EXPECT_EQ(run(memory.data() + 23, memory.data()), "output context_out overlaps output out" + advice);
+  EXPECT_EQ(run(pair.x.data<float>(), memory.data()), "output out overlaps input x" + advice);
+  EXPECT_EQ(run(memory.data(), pair.context.data<float>()), "output context_out overlaps input context" + advice);
+  EXPECT_EQ(run(memory.data(), memory.data() + 32), "no error");  // side by side
+}
+
 TEST(Session, OpeningAndRunningLeaveTheCallersFloatingPointModeAlone) {
   ASSERT_FALSE(flushes());
   const Session session = Session::open(support::kFixture, on_cpu(2));
@@ -182,7 +210,7 @@ TEST(Session, ALibraryThatIsNotThereOrIsAnotherIsNamed) {
   options.onnxruntime_library = "libz.so.1";
   EXPECT_HAS(message_of<bca::MissingDependencyError>([&] { Session::open(support::kFixture, options); }), "it has no OrtGetApiBase");
   options.backend = bca::Backend::Auto;
-  EXPECT_HAS(message_of<bca::Error>([&] { Session::open(support::kFixture, options); }), "nothing here runs this bundle: tensorrt: ");
+  EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "nothing here runs this bundle: tensorrt: ");
 }
 
 TEST(Session, AModelThatOnnxruntimeCannotReadIsABundleError) {

@@ -1,5 +1,6 @@
 // From a bundle with an engine to its outputs, through the code that talks to TensorRT and CUDA; the two libraries behind it are
 // doubles (fake_tensorrt.cpp, fake_cuda.cpp). Nothing here says that a real engine runs: that takes a GPU.
+#include "library.hpp"
 #include "sha256.hpp"
 #include "support.hpp"
 
@@ -65,14 +66,42 @@ TEST(TensorRT, MasksReachTheEngine) {
 TEST(TensorRT, TheCallersGpuMemoryAndStreamAreTaken) {
   const EngineBundle bundle;
   const Session session = Session::open(bundle.path, on_tensorrt());
-  Pair pair(1, 4, 4, 1);  // host memory plays the GPU's in these doubles
-  bca::Tensor out(bca::DType::Float32, {1, 4, 8}), context_out(bca::DType::Float32, {1, 4, 6});
-  char stream = 0;
+  const Pair pair(1, 4, 4, 1);
+  alignas(256) float x[64], out[64], context_out[64];  // host memory plays the GPU's in these doubles
+  std::copy_n(pair.x.data<float>(), 32, x);
+  int stream = 0;  // of device 0
   bca::RunOptions options;
   options.stream = &stream;
-  session.run_into({{"x", {pair.x.data<float>(), {1, 4, 8}, bca::Memory::Cuda}}, {"context", pair.context}},
-                   {{"out", {out.data<float>(), {1, 4, 8}, bca::Memory::Cuda}}, {"context_out", {context_out.data<float>(), {1, 4, 6}, bca::Memory::Cuda}}}, options);
-  EXPECT_EQ(out.data<float>()[31], 2 * pair.x.data<float>()[31]);
+  const auto cuda = bca::Memory::Cuda;
+  const auto run = [&](float* from, float* to, float* context_to) {
+    session.run_into({{"x", {from, {1, 4, 8}, cuda}}, {"context", pair.context}},
+                     {{"out", {to, {1, 4, 8}, cuda}}, {"context_out", {context_to, {1, 4, 6}, cuda}}}, options);
+  };
+  run(x, out, context_out);
+  EXPECT_EQ(out[31], 2 * pair.x.data<float>()[31]);
+  const std::string reason = " lies 16 bytes beyond a multiple of 256, and engines take GPU memory at multiples alone; copy it to the start of an allocation";
+  EXPECT_EQ(message_of<bca::InputError>([&] { run(x + 4, out, context_out); }), "input x" + reason);
+  EXPECT_EQ(message_of<bca::InputError>([&] { run(x, out, context_out + 4); }), "output context_out" + reason);
+  EXPECT_HAS(message_of<bca::InputError>([&] { run(x, out, out); }), "output context_out overlaps output out in memory");
+  EXPECT_HAS(message_of<bca::InputError>([&] { run(x, x, context_out); }), "output out overlaps input x in memory");
+}
+
+TEST(TensorRT, EverythingIsDoneOnTheDeviceAskedFor) {
+  const support::Variable two("FAKE_GPUS", "2");
+  const EngineBundle bundle;
+  bca::Options options = on_tensorrt();
+  options.device = 1;
+  const Session session = Session::open(bundle.path, options);
+  const Pair pair(1, 4, 4, 1), longer(1, 16, 16, 2);
+  EXPECT_EQ(session.run(pair.inputs()).at("out").data<float>()[31], 2 * pair.x.data<float>()[31]);
+  EXPECT_EQ(session.run(longer.inputs()).at("context_out").data<float>()[95], 3 * longer.context.data<float>()[95]);
+  int stream = 1;  // of device 1: the double refuses it on another
+  bca::RunOptions on_stream;
+  on_stream.stream = &stream;
+  EXPECT_EQ(session.run(pair.inputs(), on_stream).at("out").data<float>()[31], 2 * pair.x.data<float>()[31]);
+  int left = -1;
+  bca::function_of<int (*)(int*)>(bca::open_library("the double", {BCA_FAKE_CUDA}, ""), "the double", "cudaGetDevice")(&left);
+  EXPECT_EQ(left, 0);  // the thread's own device again
 }
 
 TEST(TensorRT, ShapesBetweenTheProfilesAreRefused) {
@@ -131,7 +160,7 @@ TEST(TensorRT, LibrariesThatAreNotThereAreNamed) {
   options.tensorrt_library = "/nowhere/libnvinfer.so";
   EXPECT_HAS(missing(options), "tensorrt does not load (/nowhere/libnvinfer.so: ");
   options = on_tensorrt();
-  options.cuda_library = BCA_FAKE_TENSORRT;
+  options.cuda_library = "libz.so.1";
   EXPECT_HAS(missing(options), "the library given as CUDA's runtime is not that: it has no cudaGetErrorString");
 }
 

@@ -69,7 +69,7 @@ TEST(Threads, SessionsOpenAndCloseSideBySide) {
   std::vector<std::thread> threads;
   for (unsigned t = 0; t < 4; ++t) {
     threads.emplace_back([t] {
-      for (int i = 0; i < 3; ++i) bca::Session::open(support::kFixture).run(support::Pair(1, 2, 2, t).inputs());
+      for (int i = 0; i < 15; ++i) bca::Session::open(support::kFixture).run(support::Pair(1, 2, 2, t).inputs());
     });
   }
   for (std::thread& thread : threads) thread.join();

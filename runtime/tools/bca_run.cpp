@@ -89,6 +89,9 @@ Arguments parse(const std::vector<std::string>& words) {
     }
   }
   if (all.bundle.empty()) throw bca::InputError("no bundle is given; bca-run BUNDLE --help tells the rest");
+  if (!all.outputs.empty() && all.inputs.empty() && !all.bench) {
+    throw bca::InputError("--output is given, and nothing is run that it could come from; give --input or --bench too, or leave it out");
+  }
   return all;
 }
 
@@ -120,26 +123,14 @@ Arrays read_inputs(const bca::Session& session, const std::vector<std::string>& 
   return arrays;
 }
 
-std::int64_t size_of_axis(const bca::Axis& axis, const std::vector<std::int64_t>& sizes) {
-  const auto* name = std::get_if<std::string>(&axis);
-  if (!name) return std::get<std::int64_t>(axis);
-  return sizes[*name == "batch" ? 0 : *name == "x_len" ? 1 : 2];
-}
-
 Arrays zeros(const bca::Session& session, const std::string& shape) {
   const bca::Dims& dims = session.dims();
-  std::vector<std::int64_t> sizes = {dims.batch.opt, dims.x_len.opt, dims.context_len.opt};
+  long batch = dims.batch.opt, x_len = dims.x_len.opt, context_len = dims.context_len.opt;
   int used = 0;
-  if (!shape.empty() && (std::sscanf(shape.c_str(), "%ldx%ldx%ld%n", &sizes[0], &sizes[1], &sizes[2], &used) != 3 || shape[used])) {
+  if (!shape.empty() && (std::sscanf(shape.c_str(), "%ldx%ldx%ld%n", &batch, &x_len, &context_len, &used) != 3 || shape[used])) {
     throw bca::InputError("--shape is '" + shape + "'; give BxNxM, such as 1x512x512");
   }
-  Arrays arrays;
-  for (const bca::TensorInfo& tensor : session.inputs()) {
-    bca::Shape wanted;
-    for (const bca::Axis& axis : tensor.axes) wanted.push_back(size_of_axis(axis, sizes));
-    arrays.emplace_back(tensor.name, bca::Tensor::zeros(tensor.dtype, wanted));
-  }
-  return arrays;
+  return session.zeros(batch, x_len, context_len);
 }
 
 double ms_since(std::chrono::steady_clock::time_point start) {

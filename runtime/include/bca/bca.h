@@ -22,7 +22,7 @@ typedef enum bca_status {
   BCA_OK = 0,
   BCA_INPUT_ERROR = 1,      /* an input, output or option that cannot be used; nothing was run */
   BCA_BUNDLE_ERROR = 2,     /* missing, damaged, unsafe or of a newer format */
-  BCA_ENGINE_ERROR = 3,     /* the backend does not work here, or a run failed: do not use its outputs */
+  BCA_ENGINE_ERROR = 3,     /* the backend does not work here ("auto": none does), or a run failed: do not use its outputs */
   BCA_MISSING_LIBRARY = 4,  /* onnxruntime, TensorRT or CUDA does not load */
   BCA_PARITY_ERROR = 5,     /* the self-test is out of bounds */
   BCA_OTHER_ERROR = 6       /* anything else, such as no memory */
@@ -49,6 +49,7 @@ typedef struct bca_open_options {
   int32_t device;
   int32_t contexts;
   int32_t host_code;
+  int64_t no_spinning;              /* 1: Options::spinning = false. 64 bits, to lie beyond the padding of older structures */
 } bca_open_options;
 
 typedef struct bca_run_options {
@@ -57,7 +58,8 @@ typedef struct bca_run_options {
   void* stream;                     /* a cudaStream_t, for engines; see bca::Session::run_into */
 } bca_run_options;
 
-/* The caller's memory, C-contiguous, borrowed until the call returns; GPU memory with a stream, until that has done the work. */
+/* The caller's memory, C-contiguous, borrowed until the call returns; GPU memory with a stream, until that has done the work.
+ * Outputs may overlap neither each other nor an input, and GPU memory is aligned to 256 bytes. */
 typedef struct bca_tensor {
   const char* name;
   void* data;                       /* inputs are not written to */

@@ -27,6 +27,7 @@ struct Options {
   Backend backend = Backend::Auto;
   std::optional<Precision> precision;    // none: the best that the backend has
   int threads = 0;                       // of ONNX Runtime on the CPU; 0: every core
+  bool spinning = true;                  // its idle threads wait for the next call by spinning; false: they leave the cores to others
   Verify verify = Verify::Full;
   std::string onnxruntime_library;       // path; empty: $BCA_ORT_LIBRARY, then libonnxruntime.so.1
   std::string tensorrt_library;          // path; empty: the loader finds libnvinfer or libtensorrt_rtx
@@ -71,7 +72,8 @@ struct Explanation {
 class BCA_API Session {
  public:
   /// Opens and checks a bundle directory.
-  /// Throws BundleError, InputError (options), EngineError (the backend asked for), MissingDependencyError.
+  /// Throws BundleError, InputError (options), EngineError (the backend asked for), MissingDependencyError. With Backend::Auto
+  /// whatever keeps every backend from working is one EngineError, with each one's reason.
   static Session open(const std::filesystem::path& bundle, const Options& options = {});
 
   /// Runs the model and returns its outputs: out [B, N, dim], context_out [B, M, context_dim], and attn and context_attn
@@ -87,10 +89,14 @@ class BCA_API Session {
   /// With options.stream and every output on the GPU the work is queued on that stream and the call does not wait for it;
   /// what lies on the GPU must live until the stream has done it, and host inputs are read when the call returns. Otherwise
   /// the results are there when the call returns.
+  /// Outputs may overlap neither each other nor an input, and memory on the GPU is aligned to 256 bytes.
   /// After an EngineError the outputs hold nothing that may be used.
   void run_into(const Inputs& inputs, const OutputViews& outputs, const RunOptions& options = {}) const;
 
-  /// Runs once for each (batch, x_len, context_len); none: at the bundle's optimal sizes.
+  /// Zeros for every input at these sizes. Throws InputError where the model does not take them, before memory is asked for.
+  std::vector<std::pair<std::string, Tensor>> zeros(std::int64_t batch, std::int64_t x_len, std::int64_t context_len) const;
+
+  /// Runs once for each (batch, x_len, context_len); none: at the bundle's optimal sizes. Throws what zeros and run throw.
   void warmup(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes = {}) const;
 
   /// Runs the bundle's own inputs and holds the outputs to their bounds. Throws ParityError.
