@@ -58,6 +58,8 @@ class Guard:
     def __init__(self, token: str | None) -> None:
         self._token = f"Bearer {token}".encode() if token is not None else None
         self.requests: Counter[tuple[str, str]] = Counter()
+        #: gRPC calls under way; and whether new ones are refused.
+        self.calls, self.stopping = 0, False
 
     def admits(self, given: bytes) -> bool:
         """Whether an ``authorization`` value is the right one, in a time that tells nothing about it."""
@@ -141,7 +143,11 @@ class GrpcGuard(AsyncServerInterceptor):
     async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
         """Let one call through, or not."""
         start, status, name = time.perf_counter(), StatusCode.CANCELLED, method_name.rsplit("/", 1)[-1]
+        self._guard.calls += 1
         try:
+            if self._guard.stopping:
+                status = StatusCode.UNAVAILABLE
+                return _refused(context, status, "the server is stopping; ask another replica")
             given = dict(context.invocation_metadata()).get("authorization", "")
             if name not in _OPEN_METHODS and not self._guard.admits(given.encode("latin-1", "replace")):
                 status = StatusCode.UNAUTHENTICATED
@@ -158,6 +164,7 @@ class GrpcGuard(AsyncServerInterceptor):
             status = StatusCode.OK
             return answer
         finally:
+            self._guard.calls -= 1
             self._guard.log(context.peer(), f"grpc {name}", status.name, start)
 
 

@@ -19,6 +19,8 @@ from bca_deploy.errors import InputError, missing
 from bca_deploy.session import Session, open_session
 from bca_deploy.spec import Precision
 
+#: Seconds for a client to read the last answer.
+READING_S = 0.5
 TOKEN_VARIABLE = "BCA_TOKEN"  # noqa: S105  (a name, not a token)
 
 _log = logging.getLogger("bca_deploy.serve")
@@ -153,8 +155,22 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
         await asyncio.wait({asyncio.create_task(stop.wait()), batcher.worker}, return_when=asyncio.FIRST_COMPLETED)
         _log.warning("stopping: no new requests are taken, those under way are finished")
         rest.should_exit = True
-        await asyncio.gather(running, grpc.stop(options.grace_s))
+        await asyncio.gather(running, _stop_grpc(grpc, guard, options.grace_s))
         await batcher.close()
+
+
+async def _stop_grpc(server: Any, guard: Any, grace_s: float) -> None:
+    """Stop when the calls under way are answered and their clients have had time to read.
+
+    gRPC closes a connection as soon as the kernel has the last answer, and what the client has sent by then resets it: an
+    answer that is not read yet would be lost.
+    """
+    clock = asyncio.get_running_loop().time
+    end, guard.stopping = clock() + grace_s, True
+    while guard.calls and clock() < end:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(min(READING_S, max(end - clock(), 0)))
+    await server.stop(max(end - clock(), 0))
 
 
 def _stop_signal() -> asyncio.Event:
