@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from bca_deploy.contract import numpy_dtype, shape_of
 from bca_deploy.errors import BcaError
 from bca_deploy.session import Pair, Session
 
@@ -54,8 +55,7 @@ def largest_request(session: Session) -> int:
     """Return the bytes of the largest request that the bundle allows, and room for what goes around the tensors."""
     dims = session.dims
     sizes = {"batch": dims.batch.max, "x_len": dims.x_len.max, "context_len": dims.context_len.max}
-    width = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
-    counts = (math.prod(sizes[a] if isinstance(a, str) else a for a in t.axes) * width[t.dtype] for t in session.inputs)
+    counts = (math.prod(shape_of(t.axes, sizes)) * numpy_dtype(t.dtype).itemsize for t in session.inputs)
     return sum(counts) + 64 * 1024
 
 

@@ -46,6 +46,7 @@ ProfileFlag = Annotated[
     typer.Option(help="Optimization profile as batch=1:1:4,x_len=1:128:512; give it again for more. [default: the dims]"),
 ]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory, or its .bca archive.")]
+PrecisionFlag = Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the model. [default: best]")]
 BackendFlag = Annotated[
     str,
     typer.Option(

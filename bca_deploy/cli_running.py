@@ -1,11 +1,11 @@
 """`bca run` and `bca bench`. Heavy imports wait until a command runs."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from bca_deploy.cli_common import BackendFlag, BundleArgument, JsonFlag, VerboseFlag, app, guarded
+from bca_deploy.cli_common import BackendFlag, BundleArgument, JsonFlag, PrecisionFlag, VerboseFlag, app, guarded
 from bca_deploy.errors import InputError
 
 
@@ -15,7 +15,7 @@ def run_command(  # noqa: PLR0913  (one parameter per option)
     inputs: Annotated[list[str] | None, typer.Option("--input", help="NAME=FILE.npy, or FILE.npz; again for more.")] = None,
     output: Annotated[Path, typer.Option(help="Where the outputs go, as one .npz.")] = Path("outputs.npz"),
     backend: BackendFlag = "auto",
-    precision: Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the model. [default: best]")] = None,
+    precision: PrecisionFlag = None,
     threads: Annotated[int | None, typer.Option(help="For onnxruntime on CPU. [default: every core]")] = None,
     selftest: Annotated[bool, typer.Option("--selftest", help="Run the bundle's own inputs and hold their bounds.")] = False,
     cast: Annotated[bool, typer.Option("--cast", help="Convert other dtypes to the model's.")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bca_deploy.cli_common import BackendFlag, BundleArgument, VerboseFlag, app, guarded
+from bca_deploy.cli_common import BackendFlag, BundleArgument, PrecisionFlag, VerboseFlag, app, guarded
 from bca_deploy.errors import InputError
 
 
@@ -37,7 +37,7 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM; with --tls-key.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     backend: BackendFlag = "auto",
-    precision: Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the model. [default: best]")] = None,
+    precision: PrecisionFlag = None,
     threads: Annotated[int | None, typer.Option(help="For onnxruntime on CPU. [default: every core]", min=1)] = None,
     access_log: Annotated[bool, typer.Option("--access-log/--no-access-log", help="A line for every request.")] = True,
     verbose: VerboseFlag = False,

@@ -158,7 +158,7 @@ class RemoteSession:
             lambda: self._client.get_model_metadata(self._name, headers=self._headers, client_timeout=self._deadline_s)
         )
         inputs, outputs = (tuple(map(_entry, tensors)) for tensors in (found.inputs, found.outputs))
-        return _Model(inputs, outputs, Contract(inputs, _DIMS, "send less at once"))
+        return _Model(inputs, outputs, Contract(inputs, _DIMS, advice="send less at once"))
 
     def _run_pair(self, index: int, pair: Pair, cast: bool) -> tuple[Any, ...]:
         try:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 AnyArray: TypeAlias = "Array | DeviceArray"
 
+#: What to do where a size is refused by a model of this process.
+ADVICE = "cut the sequence into pieces, or export again with wider dims"
 _OPTIONAL = ("mask", "context_mask")
 #: Accepted shapes that are remembered.
 _MOST_SHAPES = 1000
@@ -36,11 +38,13 @@ class Contract:
     Args:
         tensors: the model's inputs, in order.
         dims: the sizes that the named dimensions may take.
-        advice: what to do where a size is refused; goes into the error.
         profiles: the combinations of sizes, where not every one within ``dims`` will do.
+        advice: what to do where a size is refused; goes into the error.
     """
 
-    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, advice: str, profiles: tuple[Dims, ...] = ()) -> None:
+    def __init__(
+        self, tensors: "Iterable[TensorEntry]", dims: Dims, profiles: tuple[Dims, ...] = (), advice: str = ADVICE
+    ) -> None:
         self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
         self._dtypes = [(entry.name, entry.dtype) for entry in self._inputs]

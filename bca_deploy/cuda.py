@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bca_deploy.errors import BcaError, EngineError, InputError, MissingDependencyError
+from bca_deploy.errors import BcaError, EngineError, InputError, MissingDependencyError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +111,7 @@ def failing_as(what: str) -> "Iterator[None]":
     except BcaError:
         raise
     except Exception as error:
-        first = next(iter(str(error).splitlines()), repr(error))
+        first = first_line(error)
         raise EngineError(f"{what} failed on the GPU: {first}") from error
 
 

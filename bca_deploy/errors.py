@@ -52,6 +52,11 @@ class ParityError(BcaError):
     exit_code = 1
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library raised; its class and arguments where it says nothing."""
+    return next(iter(str(error).splitlines()), repr(error))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,11 +1,19 @@
-"""Which requests share one padded run where both of their lengths vary; for `run_many` and for Triton's front."""
+"""Requests of different lengths in one padded run: which, how, and apart again; for `run_many` and for Triton's front."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bca_deploy.spec import Dims
 
+Arrays = dict[str, NDArray[Any]]
 #: Batch, length of ``x``, length of ``context``.
 Shape = tuple[int, int, int]
+
+#: The input that each output is as long as.
+_LENGTHS = {"out": "x", "context_out": "context"}
 
 #: Of all rows of a run, at most this share is padding.
 PADDING = 0.25
@@ -46,3 +54,27 @@ def _fits(shapes: Iterable[Shape], profiles: Sequence[Dims]) -> bool:
     full = run["batch"] * (run["x_len"] + run["context_len"])
     real = sum(b * (n + m) for b, n, m in zip(batches, x_lens, context_lens, strict=True))
     return full - real <= PADDING * full and any(profile.holds(run) for profile in profiles)
+
+
+def stacked(group: Sequence[Mapping[str, NDArray[Any]]]) -> Arrays:
+    """Return the checked inputs of several requests as one batch; what is added to the shorter ones is false in the masks."""
+    batch: Arrays = {}
+    for name, first in group[0].items():
+        length = max(ready[name].shape[1] for ready in group)
+        full = np.zeros((sum(len(ready[name]) for ready in group), length, *first.shape[2:]), first.dtype)
+        start = 0
+        for ready in group:
+            full[start : start + len(ready[name]), : ready[name].shape[1]] = ready[name]
+            start += len(ready[name])
+        batch[name] = full
+    return batch
+
+
+def cut(outputs: Mapping[str, NDArray[Any]], group: Sequence[Mapping[str, NDArray[Any]]]) -> list[Arrays]:
+    """Return each request's outputs from those of the batch; copies, so that one kept result does not keep the batch."""
+    found, start = [], 0
+    for ready in group:
+        end = start + len(ready["x"])
+        found.append({name: outputs[name][start:end, : ready[of].shape[1]].copy() for name, of in _LENGTHS.items()})
+        start = end
+    return found

@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.backends import Backend
 from bca_deploy.contract import sizes_of
 from bca_deploy.errors import InputError
-from bca_deploy.grouping import grouped
+from bca_deploy.grouping import cut, grouped, stacked
 
 Array = NDArray[Any]
 #: The checked inputs of one pair, or its outputs, by name.
@@ -158,14 +157,15 @@ class Many:
         """
         self._check_padding(ready)
         outputs: list[Pair] = [{} for _ in ready]
-        shapes = {size.index: (size.batch, size.x_len, size.context_len) for size in self._sizes(ready)}
+        sizes = self._sizes(ready)
+        shapes = {size.index: (size.batch, size.x_len, size.context_len) for size in sizes}
         for group in grouped(shapes, self._backend.profiles or (self._backend.dims,)):
-            batch = self._stack([ready[index] for index in group])
-            stacked = self._timed(self._backend.run, batch)
-            start = 0
-            for index in group:
-                outputs[index] = _cut(stacked, start, ready[index])
-                start += ready[index]["x"].shape[0]
+            members = [ready[index] for index in group]
+            batch = stacked(members)
+            (whole,) = self._sizes([batch])
+            self._count_padding(whole.rows - sum(sizes[index].rows for index in group))
+            for index, own in zip(group, cut(self._timed(self._backend.run, batch), members), strict=True):
+                outputs[index] = own
         return outputs
 
     def _check_padding(self, ready: list[Pair]) -> None:
@@ -177,22 +177,3 @@ class Many:
             )
         if "rel_pos_bias" in names or "attn" in {tensor.name for tensor in self._backend.outputs}:
             raise InputError("pairs with a position bias or attention maps cannot be padded; use policy='alone'")
-
-    def _stack(self, group: list[Pair]) -> dict[str, Array]:
-        rows = {"x": max(r["x"].shape[1] for r in group), "context": max(r["context"].shape[1] for r in group)}
-        lengths = rows | {"mask": rows["x"], "context_mask": rows["context"]}
-        added = sum(r[n].shape[0] * (rows[n] - r[n].shape[1]) for r in group for n in rows)
-        self._count_padding(added)
-        return {name: np.concatenate([_pad(r[name], lengths[name]) for r in group]) for name in group[0]}
-
-
-def _pad(array: Array, length: int) -> Array:
-    missing = length - array.shape[1]
-    return np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)]) if missing else array
-
-
-def _cut(stacked: Mapping[str, Array], start: int, ready: Mapping[str, Array]) -> Pair:
-    """Return one pair's outputs from a padded batch; copies, so that one kept result does not keep the batch."""
-    rows = slice(start, start + ready["x"].shape[0])
-    lengths = {"out": ready["x"].shape[1], "context_out": ready["context"].shape[1]}
-    return {name: stacked[name][rows, :length].copy() for name, length in lengths.items()}

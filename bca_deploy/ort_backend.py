@@ -11,7 +11,7 @@ from bca_deploy.backends import Arrays, Name, Options
 from bca_deploy.bundle import Bundle
 from bca_deploy.cuda import DeviceArray, Gpu, open_gpu
 from bca_deploy.denormals import Flushed, on_own_thread
-from bca_deploy.errors import BcaError, BundleError, EngineError, missing
+from bca_deploy.errors import BcaError, BundleError, EngineError, first_line, missing
 from bca_deploy.manifest import ModelEntry, TensorEntry
 from bca_deploy.profiles import shapes
 from bca_deploy.spec import Dims
@@ -144,7 +144,7 @@ def _still_open(session: Any) -> Any:
 
 def _failure(error: Exception, inputs: Arrays) -> BcaError:
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
-    return EngineError(f"onnxruntime failed on {shapes}: {next(iter(str(error).splitlines()), repr(error))}")
+    return EngineError(f"onnxruntime failed on {shapes}: {first_line(error)}")
 
 
 def _as_text(inputs: tuple[TensorEntry, ...], dims: Dims, which: int) -> str:
@@ -156,9 +156,7 @@ def _session(ort: Any, path: Path, options: Any, provider: str, settings: dict[s
     try:
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
     except Exception as error:  # onnxruntime's exceptions share no public base
-        raise BundleError(
-            f"onnxruntime does not open {path.name}: {next(iter(str(error).splitlines()), repr(error))}"
-        ) from error
+        raise BundleError(f"onnxruntime does not open {path.name}: {first_line(error)}") from error
     if provider not in session.get_providers():  # it falls back without an error
         raise EngineError(f"{provider} does not start here; run with ORT_LOGGING_LEVEL=1 to see why, or use another backend")
     return session

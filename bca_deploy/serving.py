@@ -36,8 +36,7 @@ class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
     def __init__(self, name: str, session: Session, batcher: Batcher) -> None:
         super().__init__(name)
         self._session, self._batcher = session, batcher
-        advice = "cut the sequence into pieces, or export again with wider dims"
-        self._contract = Contract(session.inputs, session.dims, advice, session.profiles)
+        self._contract = Contract(session.inputs, session.dims, session.profiles)
         self._outputs = [tensor.name for tensor in session.outputs]
         self.ready = True
 
@@ -62,8 +61,7 @@ class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
 
 
 def _metadata(tensor: Any) -> dict[str, Any]:
-    shape = [axis if isinstance(axis, int) else -1 for axis in tensor.axes]
-    return {"name": tensor.name, "datatype": wire.DATATYPE[tensor.dtype], "shape": shape}
+    return {"name": tensor.name, "datatype": wire.DATATYPE[tensor.dtype], "shape": wire.described(tensor.axes)}
 
 
 def plane_of(model: BundleModel) -> DataPlane:

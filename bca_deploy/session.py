@@ -101,8 +101,7 @@ class Session:
     ) -> None:
         self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
         self._reader = tensors.Reader(backend.gpu)
-        advice = "cut the sequence into pieces, or export again with wider dims"
-        self._contract = Contract(backend.inputs, backend.dims, advice, backend.profiles)
+        self._contract = Contract(backend.inputs, backend.dims, backend.profiles)
         self._names = tuple(tensor.name for tensor in backend.outputs)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()

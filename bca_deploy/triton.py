@@ -13,8 +13,9 @@ from bca_deploy.engine_backend import hull
 from bca_deploy.engines import why_stale
 from bca_deploy.errors import EngineError, InputError, missing
 from bca_deploy.manifest import EngineEntry, TensorEntry
+from bca_deploy.profiles import shapes
 from bca_deploy.spec import Dims
-from bca_deploy.wire import DATATYPE
+from bca_deploy.wire import DATATYPE, described
 
 Runtime = Literal["auto", "tensorrt", "onnxruntime"]
 
@@ -135,7 +136,7 @@ def _write_engine(directory: Path, engine: _Engine) -> None:
     pb = _messages()
     config = pb.ModelConfig(name=directory.name, backend=engine.backend, platform=engine.platform, max_batch_size=0)
     for tensor in engine.inputs:
-        config.input.append(pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=_sizes(tensor)))
+        config.input.append(pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)))
     _add_outputs(config, engine.outputs)
     config.default_model_filename = next(iter(engine.files))
     config.cc_model_filenames.update(engine.by_capability or {})
@@ -154,10 +155,10 @@ def _warmups(engine: _Engine) -> Iterable[Any]:
     """Yield a request of the optimal sizes of each profile, so that no client waits for the first kernels."""
     pb = _messages()
     for index, dims in enumerate(engine.profiles):
-        sizes = {name: getattr(dims, name).opt for name in ("batch", "x_len", "context_len")}
+        optimal = shapes(dims, engine.inputs)
         warmup = pb.ModelWarmup(name=f"profile {index}", batch_size=1, count=1)
         for tensor in engine.inputs:
-            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes]
+            _, shape, _ = optimal[tensor.name]
             warmup.inputs[tensor.name].CopyFrom(pb.ModelWarmup.Input(data_type=_type(tensor), dims=shape, zero_data=True))
         yield warmup
 
@@ -167,7 +168,7 @@ def _write_front(directory: Path, engine: _Engine, options: Options) -> None:
     rows = max(options.max_batch, hull(engine.profiles).batch.max)  # Triton refuses a request of more
     config = pb.ModelConfig(name=directory.name, backend="python", max_batch_size=rows if together else 0)
     for tensor in engine.inputs:
-        entry = pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=_sizes(tensor)[together:])
+        entry = pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)[together:])
         entry.optional = tensor.name in ("mask", "context_mask")
         entry.allow_ragged_batch = together
         config.input.append(entry)
@@ -189,7 +190,6 @@ def _together(engine: _Engine) -> bool:
 
 
 def _facts(engine: _Engine, name: str, together: bool) -> dict[str, Any]:
-    sides = {"out": "x", "context_out": "context"}
     return {
         "engine": name,
         "together": together,
@@ -198,7 +198,7 @@ def _facts(engine: _Engine, name: str, together: bool) -> dict[str, Any]:
         "dims": asdict(hull(engine.profiles)),
         "profiles": [asdict(profile) for profile in engine.profiles],
         "inputs": [tensor.model_dump() for tensor in engine.inputs],
-        "outputs": {tensor.name: sides.get(tensor.name, "") for tensor in engine.outputs},
+        "outputs": [tensor.name for tensor in engine.outputs],
     }
 
 
@@ -215,11 +215,7 @@ def _copy_code(version: Path) -> None:
 def _add_outputs(config: Any, outputs: tuple[TensorEntry, ...], skip: bool = False) -> None:
     pb = _messages()
     for tensor in outputs:
-        config.output.append(pb.ModelOutput(name=tensor.name, data_type=_type(tensor), dims=_sizes(tensor)[skip:]))
-
-
-def _sizes(tensor: TensorEntry) -> list[int]:
-    return [axis if isinstance(axis, int) else -1 for axis in tensor.axes]
+        config.output.append(pb.ModelOutput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)[skip:]))
 
 
 def _type(tensor: TensorEntry) -> Any:

@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from bca_deploy.contract import Contract
 from bca_deploy.errors import InputError
-from bca_deploy.grouping import grouped
+from bca_deploy.grouping import cut, grouped, stacked
 from bca_deploy.spec import DimRange, Dims
 
 Arrays = dict[str, Any]
@@ -31,11 +31,10 @@ class TritonPythonModel:
         facts = json.loads((Path(__file__).parent / "front.json").read_text(encoding="utf-8"))
         _check_tensorrt(facts["tensorrt_version"], facts["version_compatible"])
         self._engine, self._together = facts["engine"], facts["together"]
-        self._outputs: dict[str, str] = facts["outputs"]
+        self._outputs: list[str] = facts["outputs"]
         self._profiles = tuple(map(_dims, facts["profiles"]))
         inputs: Any = [SimpleNamespace(name=i["name"], dtype=i["dtype"], axes=tuple(i["axes"])) for i in facts["inputs"]]
-        advice = "cut the sequence into pieces, or export again with wider dims"
-        self._contract = Contract(inputs, _dims(facts["dims"]), advice, self._profiles)
+        self._contract = Contract(inputs, _dims(facts["dims"]), self._profiles)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer every request; what is wrong with one of them is no matter to the others."""
@@ -56,10 +55,10 @@ class TritonPythonModel:
         return grouped({i: (*r["x"].shape[:2], r["context"].shape[1]) for i, r in ready.items()}, self._profiles)
 
     def _answer(self, group: dict[int, Arrays]) -> dict[int, Any]:
-        batch = _stack(list(group.values())) if self._together else next(iter(group.values()))
+        batch = stacked(list(group.values())) if self._together else next(iter(group.values()))
         response = pb_utils.InferenceRequest(
             model_name=self._engine,
-            requested_output_names=list(self._outputs),
+            requested_output_names=self._outputs,
             inputs=[pb_utils.Tensor(name, array) for name, array in batch.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
@@ -67,15 +66,8 @@ class TritonPythonModel:
             text = f"{self._engine} failed: {response.error().message()}"
             return {index: _failed(text, pb_utils.TritonError.INTERNAL) for index in group}
         found = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in self._outputs}
-        return self._cut(found, group) if self._together else {next(iter(group)): _answered(found)}
-
-    def _cut(self, found: Arrays, group: dict[int, Arrays]) -> dict[int, Any]:
-        answers, start = {}, 0
-        for index, ready in group.items():
-            end = start + len(ready["x"])
-            answers[index] = _answered({n: found[n][start:end, : ready[of].shape[1]] for n, of in self._outputs.items()})
-            start = end
-        return answers
+        parts = cut(found, list(group.values())) if self._together else [found]
+        return {index: _answered(part) for index, part in zip(group, parts, strict=True)}
 
 
 def _check_numpy() -> None:
@@ -109,20 +101,6 @@ def _dims(found: dict[str, Any]) -> Dims:
 
 def _arrays(request: Any) -> Arrays:
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-
-
-def _stack(group: list[Arrays]) -> Arrays:
-    """Return one batch, padded to the longest; the added positions are false in the masks."""
-    stacked: Arrays = {}
-    for name, first in group[0].items():
-        length = max(ready[name].shape[1] for ready in group)
-        full = np.zeros((sum(len(ready[name]) for ready in group), length, *first.shape[2:]), first.dtype)
-        start = 0
-        for ready in group:
-            full[start : start + len(ready[name]), : ready[name].shape[1]] = ready[name]
-            start += len(ready[name])
-        stacked[name] = full
-    return stacked
 
 
 def _answered(outputs: Arrays) -> Any:

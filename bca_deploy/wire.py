@@ -67,6 +67,11 @@ class Answer:
     outputs: dict[str, Array]
 
 
+def described(axes: Iterable[int | str]) -> list[int]:
+    """Return a tensor's shape for the protocol's metadata; -1 is a size that varies."""
+    return [axis if isinstance(axis, int) else -1 for axis in axes]
+
+
 def wanted(request: Request, outputs: Mapping[str, Array]) -> Answer:
     """Return the answer that holds only what was asked for.
 

@@ -19,7 +19,7 @@ DIMS = Dims(batch=DimRange(1, 2, 4), x_len=DimRange(2, 8, 16), context_len=DimRa
 def contract(bias: Bias = "none", masks: bool = True, dtype: str = "float32") -> Contract:
     axes = Interface(masks, masks, bias).inputs(make_spec())
     kinds = {name: "bool" if name.endswith("mask") else dtype for name in axes}
-    return Contract([TensorEntry(name=n, dtype=kinds[n], axes=a) for n, a in axes.items()], DIMS, "cut it")  # type: ignore[arg-type]
+    return Contract([TensorEntry(name=n, dtype=kinds[n], axes=a) for n, a in axes.items()], DIMS, advice="cut it")  # type: ignore[arg-type]
 
 
 def pair(batch: int = 2, x_len: int = 5, context_len: int = 3, dtype: str = "float32") -> dict[str, Any]:

@@ -28,7 +28,7 @@ def array(given: dict[str, Any]) -> np.ndarray:
 def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
     tensors = [TensorEntry.model_validate(tensor) for tensor in TABLE["models"][case["model"]]]
     profiles = tuple(map(dims, TABLE["profiles"].get(case.get("profiles"), ())))
-    contract = Contract(tensors, dims(TABLE["dims"]), TABLE["advice"], profiles)
+    contract = Contract(tensors, dims(TABLE["dims"]), profiles, TABLE["advice"])
     given = {name: array(entry) for name, entry in case["inputs"].items()}
     if case["error"] is None:
         ready = contract.check(contract.bind((), given), case.get("cast", False))
