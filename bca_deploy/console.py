@@ -129,19 +129,21 @@ def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -
             _out.print(f"failed: {failure}")
         _out.print(
             f"{verdict.model}: parity {'passed' if verdict else 'FAILED'}, {verdict.cases} cases ({verdict.scope}), "
-            f"worst RMS ratio to PyTorch eager {verdict.worst_ratio:.3f} (limit 1.5); "
+            f"worst RMS ratio to PyTorch {_worst(verdict)}; "
             f"rounding the weights moves the outputs by {verdict.weight_rounding:.2g} RMS",
         )
     _out.print(f"bundle: {where}")
 
 
+def _worst(verdict: "Verdict") -> str:
+    return f"{verdict.worst.ratio:.3f} (limit {verdict.worst.limit:.3g})" if verdict.worst else "unknown"
+
+
 def _parity_table(verdict: "Verdict") -> Table:
-    table = Table(
-        title=f"parity, {verdict.model}: error against float64, beside PyTorch eager", title_justify="left", box=SIMPLE
-    )
+    table = Table(title=f"parity, {verdict.model}: error against float64, beside PyTorch", title_justify="left", box=SIMPLE)
     for name in ("family", "logits", "runtime"):
         table.add_column(name)
-    for name in ("cases", "live/eager", "dead/eager", "RMS", "p99", "max", "cosine"):
+    for name in ("cases", "live ratio", "dead ratio", "RMS", "p99", "max", "cosine"):
         table.add_column(name, justify="right")
     for group in verdict.groups:
         ratios = [f"{r:.3f}" if r is not None else "-" for r in (group.live_ratio, group.dead_ratio)]

@@ -14,7 +14,8 @@ from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError, ParityError, nearest
 from bca_deploy.files import read_arrays
 from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Dims, Interface, LayerSpec, Precision
-from bca_deploy.truth import allowed_error, roundoff_slack, run_module, true_outputs
+from bca_deploy.trial import allowed_error, roundoff_slack
+from bca_deploy.truth import in_order_affordable, run_in_order, run_module, true_outputs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -93,18 +94,19 @@ def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
     interface = Interface("mask" in arrays, "context_mask" in arrays, "batch", attention_maps="attn" in arrays)
     inputs = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items() if name in INPUT_NAMES}
     truth, largest = true_outputs(checkpoint.module(torch.float64), inputs, interface)
-    eager = run_module(checkpoint.module(dtype), inputs, interface, dtype)
-    slack = roundoff_slack(checkpoint.spec, precision, largest)
+    evaluations = (run_module, run_in_order) if in_order_affordable(inputs, checkpoint.spec) else (run_module,)
+    peers = [evaluate(checkpoint.module(dtype), inputs, interface, dtype) for evaluate in evaluations]
+    slack = roundoff_slack(precision, largest)
     for name, true in truth.items():
         if name not in arrays:
             continue
-        _check_one(name, arrays[name], true, eager[name], slack)
+        _check_one(name, arrays[name], true, [peer[name] for peer in peers], slack)
 
 
-def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], eager: NDArray[Any], slack: float) -> None:
+def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], peers: list[NDArray[Any]], slack: float) -> None:
     if got.shape != true.shape:
         raise ParityError(f"the sample's {name} has shape {got.shape}, the layer gives {true.shape}")
-    allowed = allowed_error(eager - true, true, slack)
+    allowed = allowed_error([peer - true for peer in peers], true, slack)
     worst = float(np.abs(got.astype(np.float64) - true).max())
     if not worst <= allowed:
         raise ParityError(

@@ -42,7 +42,9 @@ class ParityEntry(_Model):
     scope: Literal["quick", "full"] = Field(description="which parity matrix ran")
     cases: int = Field(description="distinct cases")
     runtimes: tuple[str, ...] = Field(description="what the cases ran on")
-    worst_ratio: float = Field(description="largest pooled RMS error over PyTorch eager's at the same precision; at most 1.5")
+    worst_ratio: float = Field(
+        description="pooled RMS error over PyTorch's at the same precision, of the pool nearest to its limit"
+    )
 
 
 class ModelEntry(_Model):

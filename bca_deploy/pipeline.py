@@ -41,6 +41,7 @@ from bca_deploy.recipe import InputsTable, LayerTable, OutputsTable, Recipe, rea
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, LayerSpec, Lowering, Precision, Runtime
 from bca_deploy.store import check_target, seal, staged, write_build, write_json
 from bca_deploy.verdict import Verdict, report, significant
+from bca_deploy.yardstick import Yardstick
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -66,6 +67,13 @@ class Plan:
     force: bool = False
     expected: Arrays = field(default_factory=dict)
     engine: EnginePlan | None = None
+    _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def yardstick(self, precision: Precision) -> Yardstick:
+        """Return what every model of a precision is held against, made on first use."""
+        if precision not in self._yardsticks:
+            self._yardsticks[precision] = Yardstick(self.checkpoint, self.recipe.interface, precision)
+        return self._yardsticks[precision]
 
 
 def export(
@@ -295,7 +303,7 @@ def _judge(
     recipe, spec = plan.recipe, plan.checkpoint.spec
     subject = Subject(path, plan.checkpoint, recipe.interface, recipe.dims, precision, recipe.keep_io_types)
     with clock.stage(f"parity {path.stem}"):
-        verdict = judge(subject, recipe.parity, clock.progress.steps)
+        verdict = judge(subject, recipe.parity, clock.progress.steps, yardstick=plan.yardstick(precision))
         if plan.expected:
             inputs = expect.inputs_of(plan.expected, spec, recipe.interface)
             verdict = verdict.joined(judge_inputs(subject, {EXPECT_FILE: inputs}))

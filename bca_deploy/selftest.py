@@ -34,7 +34,7 @@ def make(checkpoint: "Checkpoint", interface: Interface, dims: Dims, precisions:
 
 def _one(checkpoint: "Checkpoint", interface: Interface, precision: Precision, case: Any) -> Arrays:
     from bca_deploy.cases import make_inputs
-    from bca_deploy.truth import truth_and_bounds
+    from bca_deploy.trial import truth_and_bounds
 
     inputs = make_inputs(case, checkpoint.spec, interface, precision)
     truth, bounds = truth_and_bounds(checkpoint, inputs, interface, precision)

@@ -1,4 +1,4 @@
-"""The float64 truth of a case, PyTorch eager beside it, and the error that the rule allows for one case."""
+"""The float64 truth of a case, and the two evaluations in PyTorch that stand beside it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bca_deploy.attention import BidirectionalCrossAttention
-from bca_deploy.cases import Case, Sharpness, logit_target, make_inputs
+from bca_deploy.cases import Case, Sharpness, logit_target, make_inputs, work
 from bca_deploy.checkpoint import Checkpoint, State
-from bca_deploy.lowering import DTYPES
+from bca_deploy.in_order import InOrder
 from bca_deploy.runners import is_query_weight
-from bca_deploy.spec import OUTPUT_NAMES, UNIT_ROUNDOFF, Interface, LayerSpec, Precision
+from bca_deploy.spec import OUTPUT_NAMES, Interface, LayerSpec, Precision
 
 Array = NDArray[Any]
 
-EAGER_FACTOR = 2.0
-ROUNDOFF_FACTOR = 4.0
+#: Multiply-adds above which a case is not summed in order: about ten seconds on one core.
+IN_ORDER_WORK = 2e10
 
 # Logits this far below their row's and their column's maximum weigh exp(-50), nothing at any precision here.
 _WEIGHTLESS = 50.0
@@ -32,6 +32,12 @@ def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interf
     extra = {"return_attn": True} if interface.attention_maps else {}
     with torch.no_grad():
         return {name: tensor.double().numpy() for name, tensor in zip(OUTPUT_NAMES, module(**tensors, **extra), strict=False)}
+
+
+def run_in_order(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
+    """Do as :func:`run_module` with every product summed in order."""
+    with InOrder():
+        return run_module(module, inputs, interface, dtype)
 
 
 def true_outputs(
@@ -54,41 +60,10 @@ def true_outputs(
     return outputs, max(largest)
 
 
-def truth_and_bounds(
-    checkpoint: Checkpoint, inputs: dict[str, Array], interface: Interface, precision: Precision
-) -> tuple[dict[str, Array], dict[str, float]]:
-    """Return the float64 outputs on the rounded weights, and the largest error that the per-case rule allows for each.
-
-    Args:
-        checkpoint: the layer with its original weights.
-        inputs: float32 arrays that ``precision`` represents exactly, and bool masks.
-        interface: decides whether attention maps are outputs.
-        precision: of the weights and of PyTorch eager.
-    """
-    rounded = rounded_checkpoint(checkpoint, DTYPES[precision])
-    truth, largest = true_outputs(rounded.module(torch.float64), inputs, interface)
-    eager = run_module(rounded.module(DTYPES[precision]), inputs, interface, DTYPES[precision])
-    slack = roundoff_slack(checkpoint.spec, precision, largest)
-    return truth, {name: allowed_error(eager[name] - true, true, slack) for name, true in truth.items()}
-
-
-def roundoff_slack(spec: LayerSpec, precision: Precision, largest_logit: float) -> float:
-    """Return what rounding alone may do to an output, relative to its largest value: ``4u(1 + L) + u32 * sqrt(K / 6)``.
-
-    The first term is the logits' (see parity.py). The second is a dot product's of length K, the layer's widest, accumulated
-    in float32 one term after another, as onnxruntime does where PyTorch's library keeps several partial sums: step k rounds
-    a partial sum of variance k, so that the error's variance is the sum of ``k * u² / 3``, which is ``(u * K)² / 6``,
-    against K for the sum itself. It shows at length 1, where L is near 0.
-    """
-    widest = max(spec.dim, spec.context_dim, spec.inner_dim, spec.ff_hidden or 0, spec.context_ff_hidden or 0)
-    logits = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[precision] * (1 + largest_logit)
-    return logits + UNIT_ROUNDOFF["fp32"] * float(np.sqrt(widest / 6))
-
-
-def allowed_error(eager_error: Array, truth: Array, slack: float) -> float:
-    """Return the largest error that the rule in parity.py allows; ``slack`` is from :func:`roundoff_slack`."""
-    eager_max = float(np.abs(eager_error).max()) if np.isfinite(eager_error).all() else 0.0
-    return EAGER_FACTOR * eager_max + slack * float(np.abs(truth).max())
+def in_order_affordable(inputs: Mapping[str, Array], spec: LayerSpec) -> bool:
+    """Whether these inputs are small enough to be summed in order."""
+    batch, x_len, _ = inputs["x"].shape
+    return work(spec, batch, x_len, inputs["context"].shape[1]) <= IN_ORDER_WORK
 
 
 def rounded_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:

@@ -1,8 +1,9 @@
 """What parity found, as data: per case, pooled, and the verdict with its reasons."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -12,11 +13,29 @@ from bca_deploy.spec import Precision
 Region = Literal["live", "dead"]
 REGIONS: tuple[Region, ...] = get_args(Region)
 
-#: Pooled over a family of cases the RMS error may be this many times what PyTorch eager makes.
+#: Pooled over a family of cases the RMS error may be this many times the measure's, see parity.py.
 POOLED_RATIO = 1.5
+
+# The logarithm of the ratio of two RMS over n independent errors spreads by 1/sqrt(n). A pool whose error is carried by fewer
+# rows than this may exceed the ratio by twice what it spreads more than a pool of this size (docs/parity.md).
+_FULL_POOL = 512
 
 #: The family of the user's own inputs. One sample is no family to pool: only the per-case rule judges it.
 OWN_INPUTS = "own inputs"
+
+
+@dataclass(frozen=True)
+class PeerError:
+    """What an evaluation in PyTorch is off by in one region of one case.
+
+    Attributes:
+        squares: sum of the squared relative errors; NaN where an output is not finite.
+        rows: how many rows carry them: the square of the sum over the sum of the squares, as many as there are where all rows
+            are off alike, 1 where one row makes all of the error.
+    """
+
+    squares: float
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,8 @@ class RegionError:
     Attributes:
         count: values compared.
         squares: sum of the squared relative errors.
-        eager_squares: the same for PyTorch eager; NaN where eager is not finite.
+        eager: of PyTorch eager.
+        in_order: of the reference with every product summed in order; None where it was not needed.
         mean: mean relative error.
         p99: 99th percentile.
         max: largest absolute error, at the output that comes nearest to its bound.
@@ -35,7 +55,8 @@ class RegionError:
 
     count: int
     squares: float
-    eager_squares: float
+    eager: PeerError
+    in_order: PeerError | None
     mean: float
     p99: float
     max: float
@@ -57,9 +78,10 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Group:
-    """All cases of one family and sharpness under one runtime; ratios are RMS error over eager's, None where empty.
+    """All cases of one family and sharpness under one runtime; ratios are RMS error over the measure's, None where empty.
 
-    The dead ratio is that of the whole family, the same at every sharpness.
+    The dead ratio is that of the whole family, the same at every sharpness. With ``in_order`` the measure was the worse of
+    PyTorch eager and of products summed in order; without, eager alone was enough.
     """
 
     family: str
@@ -67,7 +89,10 @@ class Group:
     runtime: str
     cases: int
     live_ratio: float | None
+    live_limit: float | None
     dead_ratio: float | None
+    dead_limit: float | None
+    in_order: bool
     rms: float
     mean: float
     p99: float
@@ -103,25 +128,66 @@ class Verdict:
         return not self.failures
 
     def joined(self, other: "Verdict") -> "Verdict":
-        """Return this verdict with the other's cases, groups and failures added."""
+        """Return this verdict with the other's cases, groups, failures and further notes added."""
         return replace(
             self,
             results=self.results + other.results,
             groups=self.groups + other.groups,
             failures=self.failures + other.failures,
+            notes=tuple(dict.fromkeys(self.notes + other.notes)),
         )
 
     @property
+    def worst(self) -> "Pool | None":
+        """Of every family of the matrix and either region, the pool that comes nearest to its limit."""
+        pools = (found for group in self.groups for found in pools_of(group))
+        return max(pools, key=lambda found: found.ratio / found.limit, default=None)
+
+    @property
     def worst_ratio(self) -> float:
-        """The largest pooled ratio of any family of the matrix and either region."""
-        pooled = [group for group in self.groups if group.family != OWN_INPUTS]
-        ratios = [ratio for group in pooled for ratio in (group.live_ratio, group.dead_ratio) if ratio is not None]
-        return max(ratios, default=0.0)
+        """The RMS ratio of that pool."""
+        return self.worst.ratio if self.worst else 0.0
 
     @property
     def cases(self) -> int:
         """Distinct cases, however many runtimes ran each."""
         return len({result.case for result in self.results})
+
+
+class Pool(NamedTuple):
+    """The RMS error of a family's live or dead rows over the measure's, and what is allowed."""
+
+    region: Region
+    ratio: float
+    limit: float
+
+
+def pools_of(group: Group) -> list[Pool]:
+    """Return what the pooled rule judges of a group: nothing of the user's own inputs."""
+    found: tuple[tuple[Region, float | None, float | None], ...] = (
+        ("live", group.live_ratio, group.live_limit),
+        ("dead", group.dead_ratio, group.dead_limit),
+    )
+    judged = [Pool(region, r, limit) for region, r, limit in found if r is not None and limit is not None]
+    return judged if group.family != OWN_INPUTS else []
+
+
+def pooled_limit(rows: float) -> float:
+    """Return how many times the measure's RMS error a pool may have in which so many rows carry it."""
+    spread = max(rows, 1.0) ** -0.5 - _FULL_POOL**-0.5
+    return POOLED_RATIO * math.exp(2 * max(spread, 0.0))
+
+
+def in_doubt(results: Iterable[CaseResult]) -> set[tuple[str, Sharpness]]:
+    """Return the family and sharpness of what breaks the rule beside eager alone, and may not beside the worse of both.
+
+    Empty where something failed to run, is NaN or of a wrong shape: no measure changes that.
+    """
+    found = tuple(results)
+    if any(not result.regions for result in found):
+        return set()
+    groups = {(g.family, g.sharpness) for g in pool(found) if any(p.ratio > p.limit for p in pools_of(g))}
+    return groups | {(result.family, result.sharpness) for result in found if result.failures}
 
 
 def pool(results: tuple[CaseResult, ...]) -> tuple[Group, ...]:
@@ -147,13 +213,18 @@ def _group(results: list[CaseResult], family: list[CaseResult]) -> Group:
     first = results[0]
     errors = [error for r in results for error in r.regions.values()]
     count = max(sum(e.count for e in errors), 1)
+    live_ratio, live_limit = _pooled([r.regions["live"] for r in results if "live" in r.regions])
+    dead_ratio, dead_limit = _pooled([r.regions["dead"] for r in family if "dead" in r.regions])
     return Group(
         first.family,
         first.sharpness,
         first.runtime,
         len(results),
-        live_ratio=_pooled_ratio(r.regions.get("live") for r in results),
-        dead_ratio=_pooled_ratio(r.regions.get("dead") for r in family),
+        live_ratio,
+        live_limit,
+        dead_ratio,
+        dead_limit,
+        in_order=any(e.in_order is not None for e in errors),
         rms=float(np.sqrt(sum(e.squares for e in errors) / count)),
         mean=sum(e.mean * e.count for e in errors) / count,
         p99=max((e.p99 for e in errors), default=0.0),
@@ -162,22 +233,35 @@ def _group(results: list[CaseResult], family: list[CaseResult]) -> Group:
     )
 
 
-def _pooled_ratio(errors: Iterable[RegionError | None]) -> float | None:
-    """Return RMS error over eager's; every case weighs the same, whatever its size."""
-    found = [e for e in errors if e is not None and np.isfinite(e.eager_squares)]
+def _pooled(errors: list[RegionError]) -> tuple[float | None, float | None]:
+    """Return the RMS error over the measure's, and what is allowed; every case weighs the same, whatever its size."""
+    found = [e for e in errors if np.isfinite(e.eager.squares)]
     if not found:
-        return None
+        return None, None
     ours = sum(e.squares / e.count for e in found)
-    eager = sum(e.eager_squares / e.count for e in found)
-    return float(np.sqrt(ours / eager)) if eager else (0.0 if ours == 0 else float("inf"))
+    measure, rows = max(_mean_squares(found, [e.eager for e in found]), _mean_squares(found, [e.in_order for e in found]))
+    return math.sqrt(ours / measure) if measure else (0.0 if ours == 0 else math.inf), pooled_limit(rows)
+
+
+def _mean_squares(errors: list[RegionError], peers: list[PeerError | None]) -> tuple[float, float]:
+    """Return the mean squares of an evaluation, summed over cases, and the rows that carry them.
+
+    Zeros where a case lacks the evaluation, or it is not finite: that widens nothing.
+    """
+    found = [(peer.squares / error.count, peer.rows) for error, peer in zip(errors, peers, strict=True) if peer is not None]
+    total = sum(squares for squares, _ in found)
+    if len(found) < len(errors) or not total > 0 or not math.isfinite(total):
+        return 0.0, 0.0
+    return total, total**2 / sum(squares**2 / rows for squares, rows in found if rows > 0)
 
 
 def _pooled_problems(group: Group) -> Iterable[str]:
-    for region, ratio in (("live", group.live_ratio), ("dead", group.dead_ratio)):
-        if ratio is not None and ratio > POOLED_RATIO and group.family != OWN_INPUTS:
+    measure = "the worse of PyTorch eager's and of sums in order" if group.in_order else "PyTorch eager's"
+    for region, ratio, limit in pools_of(group):
+        if ratio > limit:
             yield (
                 f"{group.family} {group.sharpness} under {group.runtime}, {region} rows: RMS error {ratio:.3g} times "
-                f"PyTorch eager's, allowed {POOLED_RATIO}"
+                f"{measure}, allowed {limit:.3g}"
             )
 
 
