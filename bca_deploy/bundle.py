@@ -7,11 +7,11 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError
 
-from bca_deploy.errors import BundleError
+from bca_deploy.errors import BundleError, check_one_of
 from bca_deploy.manifest import FORMAT, MANIFEST_FILE, FileEntry, Manifest
 
 Check = Literal["full", "size", "off"]
@@ -49,8 +49,10 @@ class Bundle:
             The bundle.
 
         Raises:
-            BundleError: not a bundle, damaged (the file is named), unsafe, or of a newer format.
+            BundleError: not a bundle, damaged or unreadable (the file is named), unsafe, or of a newer format.
+            InputError: an unknown ``check``.
         """
+        check_one_of("check", check, get_args(Check))
         path = Path(path)
         unpacked = _unpack(path) if path.is_file() else None
         try:

@@ -54,7 +54,8 @@ class Said(threading.local):
 
     def reason(self) -> str:
         """Return the first of them."""
-        return self.lines[0].splitlines()[0] if self.lines else "the library gives no reason"
+        said = (line.strip() for text in self.lines for line in text.splitlines())
+        return next(filter(None, said), "the library gives no reason")
 
 
 class LoadedEngine:

@@ -25,7 +25,8 @@ from torch import nn
 
 from bca_deploy.cases import Scope, Sharpness, make_inputs, matrix, round_to
 from bca_deploy.checkpoint import Checkpoint
-from bca_deploy.errors import InputError
+from bca_deploy.errors import InputError, first_line
+from bca_deploy.isolation import one_thread
 from bca_deploy.lowering import DTYPES
 from bca_deploy.runners import Runner, at_edges, ort_runner, sharpened_copy, strict_runner_of
 from bca_deploy.spec import Dims, Interface, Precision
@@ -177,15 +178,15 @@ class _Benches:
     def __init__(self, subject: Subject, runtimes: Runtimes | None = None) -> None:
         self.subject = subject
         self.runtimes = runtimes or _on_cpu(subject.precision)
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        self.alone = contextlib.ExitStack()
+        self.alone.enter_context(one_thread())
         self.made: dict[Sharpness, _Bench] = {}
         self.copies = tempfile.TemporaryDirectory(prefix="bca-parity-")
         self.changes: list[float] = []
 
     def close(self) -> None:
         self.copies.cleanup()
-        torch.set_num_threads(self.threads)
+        self.alone.close()
 
     def run(self, name: str, family: str, sharpness: Sharpness, inputs: dict[str, Array]) -> list[CaseResult]:
         if sharpness not in self.made:
@@ -239,7 +240,7 @@ def _outcome(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array] | 
     try:
         return runner(inputs)
     except Exception as error:  # the runtimes' exceptions share no base
-        return f"failed to run: {str(error).splitlines()[0][:200]}"
+        return f"failed to run: {first_line(error)[:200]}"
 
 
 def _weights(inputs: Mapping[str, Array], heads: int) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -20,6 +19,7 @@ from bca_deploy.bundle import Bundle
 from bca_deploy.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import BundleError, InputError, ParityError
+from bca_deploy.isolation import plain_torch
 from bca_deploy.lowering import choose, graph_state, has_cpu_form, lower
 from bca_deploy.manifest import (
     DTYPE_OF,
@@ -68,6 +68,7 @@ class Plan:
     engine: EnginePlan | None = None
 
 
+@plain_torch()
 def export(
     module: nn.Module,
     out: str | Path,
@@ -99,12 +100,27 @@ def export(
     Raises:
         BcaError: see errors.py; nothing is left at ``out``.
     """
+    _check_module(module)
     checkpoint = from_module(module, heads)
     read = read_recipe(Path(recipe) if recipe else None, options)
     choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
     expected = expect.from_module(module, checkpoint.spec, read.interface, read.dims)
     run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
     return Bundle.open(out)
+
+
+def _check_module(module: object) -> None:
+    """Refuse what people give in place of a module, with the way out for each."""
+    if isinstance(module, nn.Module):
+        return
+    advice = "give the trained module itself"
+    if isinstance(module, type):
+        advice = f"give a trained module, not the class {module.__name__}"
+    elif isinstance(module, str | Path):
+        advice = f"for a checkpoint run bca-export --checkpoint {module}, or load it into the module"
+    elif isinstance(module, Mapping):
+        advice = "load the state dict into the module, or save it and run bca-export --checkpoint"
+    raise InputError(f"export takes a torch.nn.Module and got a {type(module).__name__}; {advice}")
 
 
 def load_checkpoint(recipe: Recipe, path: Path | None, heads: int | None, prefix: str = "") -> Checkpoint:
@@ -225,6 +241,7 @@ def reopen(bundle: Bundle, force: bool = True) -> Plan:
     return Plan(recipe, checkpoint, first.lowering, bundle.directory, force, expected)
 
 
+@plain_torch()
 def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precision, clock: Clock) -> Manifest:
     """Make the model of one more precision in a staged bundle, under the same parity rule as the others.
 
@@ -257,6 +274,8 @@ def refuse_failures(verdicts: Iterable[Verdict]) -> None:
 
 def refit_model(plan: Plan, model: ModelEntry, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
     """Put the plan's weights into a staged model of the same layer, and judge it; no trace is needed."""
+    import onnx_ir as ir
+
     path = directory / model.file
     with clock.stage(f"weights {model.precision}"):
         graph = ir.external_data.load_to_model(ir.load(path))  # nothing may still read from the file to be written

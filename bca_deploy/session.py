@@ -20,7 +20,7 @@ from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
 from bca_deploy.contract import Contract, numpy_dtype, shape_of, sizes_of
 from bca_deploy.cuda import DeviceArray
-from bca_deploy.errors import BcaError, InputError, ParityError
+from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
 from bca_deploy.files import read_arrays
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
 from bca_deploy.metrics import Call, Meter, Metrics, Observer
@@ -173,8 +173,7 @@ class Session:
             InputError: naming the pair.
         """
         self._check_open()
-        if policy not in get_args(Policy):
-            raise InputError(f"policy {policy!r} is not known; allowed: {', '.join(get_args(Policy))}")
+        check_one_of("policy", policy, get_args(Policy))
         given = [tuple(pair) for pair in pairs]
         ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
         pads = self._backend.pads if policy == "auto" else policy == "pad"
