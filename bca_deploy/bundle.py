@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import ValidationError
 
 from bca_deploy.errors import BundleError, check_one_of
+from bca_deploy.forks import PrivateDirectory
 from bca_deploy.manifest import FORMAT, MANIFEST_FILE, FileEntry, Manifest
 
 Check = Literal["full", "size", "off"]
@@ -31,9 +31,9 @@ class Bundle:
     A context manager: leaving it removes what was unpacked.
     """
 
-    def __init__(self, source: Path, manifest: Manifest, unpacked: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, source: Path, manifest: Manifest, unpacked: PrivateDirectory | None = None) -> None:
         self.source = source
-        self.directory = Path(unpacked.name) if unpacked else source
+        self.directory = unpacked.path if unpacked else source
         self.manifest = manifest
         self._unpacked = unpacked
 
@@ -56,13 +56,13 @@ class Bundle:
         path = Path(path)
         unpacked = _unpack(path) if path.is_file() else None
         try:
-            directory = Path(unpacked.name) if unpacked else path
+            directory = unpacked.path if unpacked else path
             manifest = read_manifest(directory, path)
             for name, entry in manifest.files.items():
                 _check_file(directory, name, entry, check)
         except BaseException:
             if unpacked:
-                unpacked.cleanup()
+                unpacked.close()
             raise
         return cls(path, manifest, unpacked)
 
@@ -79,7 +79,7 @@ class Bundle:
     def close(self) -> None:
         """Remove what was unpacked from an archive."""
         if self._unpacked:
-            self._unpacked.cleanup()
+            self._unpacked.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,21 +162,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack(path: Path) -> tempfile.TemporaryDirectory[str]:
+def _unpack(path: Path) -> PrivateDirectory:
     """Unpack an archive into a private directory; the caller cleans it up."""
-    target = tempfile.TemporaryDirectory(prefix="bca-bundle-")
+    target = PrivateDirectory("bca-bundle-")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if sum(member.file_size for member in members) > ARCHIVE_LIMIT_BYTES:
                 raise BundleError(f"{path} unpacks to more than {ARCHIVE_LIMIT_BYTES} bytes; unpack it by hand if you trust it")
             for member in members:
-                safe_path(Path(target.name), member.filename)
-                archive.extract(member, target.name)
+                safe_path(target.path, member.filename)
+                archive.extract(member, target.path)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # NotImplementedError is a RuntimeError
-        target.cleanup()
+        target.close()
         raise BundleError(f"{path} is neither a bundle directory nor a readable .bca archive: {error}") from error
     except BaseException:
-        target.cleanup()
+        target.close()
         raise
     return target
