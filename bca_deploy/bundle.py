@@ -1,9 +1,11 @@
 """Open a bundle, a directory or one .bca file, and refuse one that is damaged, unsafe or too new. Needs no torch, no onnx."""
 
+import contextlib
 import hashlib
 import json
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -54,16 +56,17 @@ class Bundle:
         """
         check_one_of("check", check, get_args(Check))
         path = Path(path)
-        unpacked = _unpack(path) if path.is_file() else None
-        try:
-            directory = unpacked.path if unpacked else path
-            manifest = read_manifest(directory, path)
-            for name, entry in manifest.files.items():
-                _check_file(directory, name, entry, check)
-        except BaseException:
-            if unpacked:
-                unpacked.close()
-            raise
+        with reading(path):
+            unpacked = _unpack(path) if path.is_file() else None
+            try:
+                directory = unpacked.path if unpacked else path
+                manifest = read_manifest(directory, path)
+                for name, entry in manifest.files.items():
+                    _check_file(directory, name, entry, check)
+            except BaseException:
+                if unpacked:
+                    unpacked.close()
+                raise
         return cls(path, manifest, unpacked)
 
     def path(self, name: str) -> Path:
@@ -88,9 +91,24 @@ class Bundle:
         self.close()
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says about a file into a :class:`BundleError` that names it, or else ``path``."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        raise BundleError(f"{place} cannot be read: {error.strerror or error}; check permissions, links and disk") from error
+
+
 def is_bundle(directory: Path) -> bool:
-    """Whether the directory holds a manifest; it may still be damaged."""
-    return (directory / MANIFEST_FILE).is_file()
+    """Whether the directory holds a manifest; it may still be damaged.
+
+    Raises:
+        BundleError: the system does not say.
+    """
+    with reading(directory):
+        return (directory / MANIFEST_FILE).is_file()
 
 
 def read_manifest(directory: Path, shown: Path | None = None) -> Manifest:
@@ -101,10 +119,11 @@ def read_manifest(directory: Path, shown: Path | None = None) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     shown = shown or directory
-    if not path.is_file():
+    if not is_bundle(directory):
         raise BundleError(f"{shown} is not a bundle: it has no {MANIFEST_FILE}; make one with bca-export --out {shown}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
         _check_format(json.loads(text), shown)
         return Manifest.model_validate_json(text)
     except ValidationError as error:

@@ -88,10 +88,26 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: the module is not this layer.
+        InputError: it is no module.
     """
+    _check_module(module)
     own = [m for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
     found = from_state(module.state_dict(), heads if heads is not None else (own[0].heads if own else None))  # type: ignore[arg-type]
     return Checkpoint(_with_eps(found.spec, module), found.state)
+
+
+def _check_module(module: object) -> None:
+    """Refuse what people give in place of a module, with the way out for each."""
+    if isinstance(module, nn.Module):
+        return
+    advice = "give the trained module itself"
+    if isinstance(module, type):
+        advice = f"give a trained module, not the class {module.__name__}"
+    elif isinstance(module, str | Path):
+        advice = f"for a checkpoint run bca-export --checkpoint {module}, or load it into the module"
+    elif isinstance(module, Mapping):
+        advice = "load the state dict into the module, or save it and run bca-export --checkpoint"
+    raise InputError(f"a torch.nn.Module is needed and this is a {type(module).__name__}; {advice}")
 
 
 def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
@@ -110,7 +126,11 @@ def read(path: Path) -> State:
     Raises:
         CheckpointError: missing, truncated, holding pickled code, or not a checkpoint.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a directory on the way, or the name itself
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
+    if not there:
         raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .pt, .pth or .safetensors file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

@@ -100,27 +100,12 @@ def export(
     Raises:
         BcaError: see errors.py; nothing is left at ``out``.
     """
-    _check_module(module)
     checkpoint = from_module(module, heads)
     read = read_recipe(Path(recipe) if recipe else None, options)
     choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
     expected = expect.from_module(module, checkpoint.spec, read.interface, read.dims)
     run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
     return Bundle.open(out)
-
-
-def _check_module(module: object) -> None:
-    """Refuse what people give in place of a module, with the way out for each."""
-    if isinstance(module, nn.Module):
-        return
-    advice = "give the trained module itself"
-    if isinstance(module, type):
-        advice = f"give a trained module, not the class {module.__name__}"
-    elif isinstance(module, str | Path):
-        advice = f"for a checkpoint run bca-export --checkpoint {module}, or load it into the module"
-    elif isinstance(module, Mapping):
-        advice = "load the state dict into the module, or save it and run bca-export --checkpoint"
-    raise InputError(f"export takes a torch.nn.Module and got a {type(module).__name__}; {advice}")
 
 
 def load_checkpoint(recipe: Recipe, path: Path | None, heads: int | None, prefix: str = "") -> Checkpoint:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 
 from bca_deploy import expect, selftest
-from bca_deploy.bundle import Bundle, safe_path
+from bca_deploy.bundle import Bundle, reading, safe_path
 from bca_deploy.cases import Scope
 from bca_deploy.checkpoint import Checkpoint, read
 from bca_deploy.errors import BundleError, ParityError, check_one_of
@@ -84,7 +84,8 @@ def _verify_model(
 def _check_external_data(bundle: Bundle, path: Path) -> None:
     """Refuse weights stored outside the bundle, or in a file that the manifest does not list."""
     try:
-        model = onnx.load(path, load_external_data=False)
+        with reading(path):
+            model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise BundleError(f"{path.name} is not an ONNX model: {error}; export the bundle again") from error
     for tensor in _tensors(model.graph):
