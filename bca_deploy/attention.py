@@ -3,13 +3,13 @@
 The optimised graphs (lowering.py) take nothing from here but the weights.
 """
 
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, einsum, nn
 
-from bca_deploy.errors import InputError
+from bca_deploy.errors import InputError, check_one_of
 from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
 
 
@@ -67,6 +67,7 @@ class BidirectionalCrossAttention(nn.Module):
         super().__init__()
         context_dim = dim if context_dim is None else context_dim
         inner = heads * dim_head
+        check_one_of("norm", norm, get_args(Norm))
         eps = NORM_EPS[norm] if norm_eps is None else norm_eps
         self.heads = heads
         self.scale = dim_head**-0.5

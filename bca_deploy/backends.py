@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from bca_deploy.bundle import Bundle
 from bca_deploy.cuda import DeviceArray, Gpu
-from bca_deploy.errors import BcaError, EngineError, InputError, nearest
+from bca_deploy.errors import BcaError, EngineError, InputError, check_one_of
 from bca_deploy.gpus import query
 from bca_deploy.manifest import ModelEntry, TensorEntry
-from bca_deploy.spec import Dims, EngineLibrary, Precision
+from bca_deploy.spec import PRECISIONS, Dims, EngineLibrary, Precision
 
 Array = NDArray[Any]
 #: Inputs or outputs by name, on the CPU or on the GPU.
@@ -78,7 +78,7 @@ class Options:
         host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
 
     Raises:
-        InputError: fewer than one thread or context, or less than no graphs.
+        InputError: an unknown precision, fewer than one thread or context, or less than no graphs.
     """
 
     precision: Precision | None = None
@@ -90,6 +90,8 @@ class Options:
     host_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.precision is not None:
+            check_one_of("precision", self.precision, PRECISIONS)
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads is {self.threads}; it must be at least 1, or None for every core")
         if self.contexts < 1:
@@ -129,8 +131,7 @@ def choose(bundle: Bundle, name: str, options: Options) -> tuple[Backend, Explan
         BcaError: the backend asked for does not work here (it never falls back), or none does.
     """
     if name != "auto":
-        if name not in NAMES:
-            raise InputError(f"backend {name!r} is not known{nearest(name, NAMES)}; allowed: auto, {', '.join(NAMES)}")
+        check_one_of("backend", name, ("auto", *NAMES))
         backend = _OPENERS[name](bundle, options)
         return backend, Explanation(f"{backend.name}: {backend.what}", ())
     reasons: list[tuple[Name, str]] = []

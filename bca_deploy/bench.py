@@ -24,7 +24,7 @@ from bca_deploy.backends import Options
 from bca_deploy.bundle import Bundle
 from bca_deploy.contenders import NAMES, Name, contender, write_literal
 from bca_deploy.contract import shape_of
-from bca_deploy.errors import BcaError, InputError, nearest
+from bca_deploy.errors import BcaError, InputError, check_one_of
 from bca_deploy.manifest import Manifest
 from bca_deploy.progress import Progress
 from bca_deploy.spec import Axis
@@ -137,8 +137,7 @@ def bench(
 def _left_out(names: Sequence[str], manifest: Manifest) -> dict[Name, str]:
     """Return the contenders that do not run, with the reason; one that was asked for by name must be able to."""
     for name in names:
-        if name not in NAMES:
-            raise InputError(f"contender {name!r} is not known{nearest(name, NAMES)}; allowed: {', '.join(NAMES)}")
+        check_one_of("contender", name, NAMES)
     why = {name: contenders.obstacle(name, manifest, lambda package: find_spec(package) is not None) for name in NAMES}
     for name in NAMES:
         if name in names and why[name]:

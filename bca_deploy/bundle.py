@@ -1,17 +1,19 @@
 """Open a bundle, a directory or one .bca file, and refuse one that is damaged, unsafe or too new. Needs no torch, no onnx."""
 
+import contextlib
 import hashlib
 import json
-import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError
 
-from bca_deploy.errors import BundleError
+from bca_deploy.errors import BundleError, check_one_of
+from bca_deploy.forks import PrivateDirectory
 from bca_deploy.manifest import FORMAT, MANIFEST_FILE, FileEntry, Manifest
 
 Check = Literal["full", "size", "off"]
@@ -31,9 +33,9 @@ class Bundle:
     A context manager: leaving it removes what was unpacked.
     """
 
-    def __init__(self, source: Path, manifest: Manifest, unpacked: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, source: Path, manifest: Manifest, unpacked: PrivateDirectory | None = None) -> None:
         self.source = source
-        self.directory = Path(unpacked.name) if unpacked else source
+        self.directory = unpacked.path if unpacked else source
         self.manifest = manifest
         self._unpacked = unpacked
 
@@ -49,19 +51,22 @@ class Bundle:
             The bundle.
 
         Raises:
-            BundleError: not a bundle, damaged (the file is named), unsafe, or of a newer format.
+            BundleError: not a bundle, damaged or unreadable (the file is named), unsafe, or of a newer format.
+            InputError: an unknown ``check``.
         """
+        check_one_of("check", check, get_args(Check))
         path = Path(path)
-        unpacked = _unpack(path) if path.is_file() else None
-        try:
-            directory = Path(unpacked.name) if unpacked else path
-            manifest = read_manifest(directory, path)
-            for name, entry in manifest.files.items():
-                _check_file(directory, name, entry, check)
-        except BaseException:
-            if unpacked:
-                unpacked.cleanup()
-            raise
+        with reading(path):
+            unpacked = _unpack(path) if path.is_file() else None
+            try:
+                directory = unpacked.path if unpacked else path
+                manifest = read_manifest(directory, path)
+                for name, entry in manifest.files.items():
+                    _check_file(directory, name, entry, check)
+            except BaseException:
+                if unpacked:
+                    unpacked.close()
+                raise
         return cls(path, manifest, unpacked)
 
     def path(self, name: str) -> Path:
@@ -77,7 +82,7 @@ class Bundle:
     def close(self) -> None:
         """Remove what was unpacked from an archive."""
         if self._unpacked:
-            self._unpacked.cleanup()
+            self._unpacked.close()
 
     def __enter__(self) -> Self:
         return self
@@ -86,9 +91,24 @@ class Bundle:
         self.close()
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says about a file into a :class:`BundleError` that names it, or else ``path``."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        raise BundleError(f"{place} cannot be read: {error.strerror or error}; check permissions, links and disk") from error
+
+
 def is_bundle(directory: Path) -> bool:
-    """Whether the directory holds a manifest; it may still be damaged."""
-    return (directory / MANIFEST_FILE).is_file()
+    """Whether the directory holds a manifest; it may still be damaged.
+
+    Raises:
+        BundleError: the system does not say.
+    """
+    with reading(directory):
+        return (directory / MANIFEST_FILE).is_file()
 
 
 def read_manifest(directory: Path, shown: Path | None = None) -> Manifest:
@@ -99,10 +119,11 @@ def read_manifest(directory: Path, shown: Path | None = None) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     shown = shown or directory
-    if not path.is_file():
+    if not is_bundle(directory):
         raise BundleError(f"{shown} is not a bundle: it has no {MANIFEST_FILE}; make one with bca-export --out {shown}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
         _check_format(json.loads(text), shown)
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -160,21 +181,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack(path: Path) -> tempfile.TemporaryDirectory[str]:
+def _unpack(path: Path) -> PrivateDirectory:
     """Unpack an archive into a private directory; the caller cleans it up."""
-    target = tempfile.TemporaryDirectory(prefix="bca-bundle-")
+    target = PrivateDirectory("bca-bundle-")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if sum(member.file_size for member in members) > ARCHIVE_LIMIT_BYTES:
                 raise BundleError(f"{path} unpacks to more than {ARCHIVE_LIMIT_BYTES} bytes; unpack it by hand if you trust it")
             for member in members:
-                safe_path(Path(target.name), member.filename)
-                archive.extract(member, target.name)
+                safe_path(target.path, member.filename)
+                archive.extract(member, target.path)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # NotImplementedError is a RuntimeError
-        target.cleanup()
+        target.close()
         raise BundleError(f"{path} is neither a bundle directory nor a readable .bca archive: {error}") from error
     except BaseException:
-        target.cleanup()
+        target.close()
         raise
     return target

@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bca_deploy.attention import build
-from bca_deploy.errors import CheckpointError, InputError, nearest
+from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
+from bca_deploy.isolation import no_library_warnings
 from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
 
 State = dict[str, Tensor]
@@ -20,6 +21,8 @@ State = dict[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
 _TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"
+# Not float8: what it stands for depends on a scale that is kept elsewhere.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Either side's will do: the missing one is then named.
 _NORMS = {"norm.weight", "norm.bias", "context_norm.weight", "context_norm.bias"}
 _TALKING = {"talking_heads.weight", "context_talking_heads.weight"}
@@ -34,8 +37,9 @@ class Checkpoint:
 
     def module(self, dtype: torch.dtype) -> nn.Module:
         """Return the reference module in eval mode with these weights rounded to ``dtype``."""
-        module = build(self.spec).to(dtype)
-        module.load_state_dict({name: tensor.to(dtype) for name, tensor in self.state.items()})
+        with torch.device("meta"):  # else its random first weights would move the caller's random numbers on
+            module = build(self.spec)
+        module.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in self.state.items()}, assign=True)
         return module.eval()
 
 
@@ -68,7 +72,8 @@ def from_state(state: Mapping[str, Tensor], heads: int | None = None, prefix: st
 
 def _copy(tensor: Tensor) -> Tensor:
     """Return the values in memory of their own: training goes on, and safetensors refuses tied weights."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    # A bit may say that they are to be negated (torch._neg_view, the imaginary part of a conjugate): safetensors ignores it.
+    return tensor.detach().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
@@ -83,10 +88,26 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: the module is not this layer.
+        InputError: it is no module.
     """
+    _check_module(module)
     own = [m for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
     found = from_state(module.state_dict(), heads if heads is not None else (own[0].heads if own else None))  # type: ignore[arg-type]
     return Checkpoint(_with_eps(found.spec, module), found.state)
+
+
+def _check_module(module: object) -> None:
+    """Refuse what people give in place of a module, with the way out for each."""
+    if isinstance(module, nn.Module):
+        return
+    advice = "give the trained module itself"
+    if isinstance(module, type):
+        advice = f"give a trained module, not the class {module.__name__}"
+    elif isinstance(module, str | Path):
+        advice = f"for a checkpoint run bca-export --checkpoint {module}, or load it into the module"
+    elif isinstance(module, Mapping):
+        advice = "load the state dict into the module, or save it and run bca-export --checkpoint"
+    raise InputError(f"a torch.nn.Module is needed and this is a {type(module).__name__}; {advice}")
 
 
 def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
@@ -105,7 +126,11 @@ def read(path: Path) -> State:
     Raises:
         CheckpointError: missing, truncated, holding pickled code, or not a checkpoint.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a directory on the way, or the name itself
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
+    if not there:
         raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .pt, .pth or .safetensors file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -126,8 +151,7 @@ def _read_safetensors(path: Path) -> State:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol of what is no pickle
+        with no_library_warnings():  # about the pickle protocol of what is no pickle
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -135,9 +159,8 @@ def _read_torch(path: Path) -> Any:
             "save tensors only: torch.save(module.state_dict(), path)"
         ) from error
     except Exception as error:  # a damaged file fails anywhere in the unpickler: IndexError, struct.error, AssertionError
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({first}); it may be truncated: copy or save it again"
+            f"checkpoint {path} cannot be read ({first_line(error)}); it may be truncated: copy or save it again"
         ) from error
 
 
@@ -190,13 +213,34 @@ def _places(state: State) -> list[str]:
 
 def _check_values(state: State) -> None:
     for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{name} has dtype {tensor.dtype}; weights must be floating point")
-        bad = int((~torch.isfinite(tensor)).sum())
+        if obstacle := _why_no_weight(tensor):
+            raise CheckpointError(f"{name} {obstacle}")
+        try:
+            bad = int((~torch.isfinite(tensor)).sum())
+        except Exception as error:  # a subclass of Tensor may refuse anything
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{name}, a {kind}, gives no values ({first_line(error)}); give plain tensors") from error
         if bad:
             raise CheckpointError(
                 f"{name} holds {bad} NaN or Inf of {tensor.numel()} values; take a checkpoint from before the divergence"
             )
+
+
+def _why_no_weight(value: object) -> str | None:
+    """Return why this cannot be the values of a weight, and the way out; None where it can."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}; weights must be tensors"
+    if is_lazy(value):
+        return "has no shape yet; run the module once, so that its lazy layers make their weights"
+    if value.is_meta:
+        return "is on the meta device, which holds no values; load the weights into the module first"
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        return f"is not dense ({kind}); give a plain tensor, as to_dense() makes one"
+    if value.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        return f"has dtype {value.dtype}; weights must be floating point ({allowed}): dequantize, or save the original weights"
+    return None
 
 
 def infer(state: State, heads: int | None = None) -> LayerSpec:

@@ -16,6 +16,7 @@ import numpy as np
 from bca_deploy import tensors
 from bca_deploy.contract import Contract
 from bca_deploy.errors import BcaError, InputError, ServerError, missing
+from bca_deploy.forks import Home
 from bca_deploy.manifest import TensorEntry
 from bca_deploy.session import Pair
 from bca_deploy.spec import Axis
@@ -49,7 +50,7 @@ class _Model:
 class RemoteSession:
     """Calls a server as :class:`bca_deploy.session.Session` calls the model in this process.
 
-    Call it from any number of threads.
+    Call it from any number of threads, in the process that made it: in the child of a fork every call is an error.
 
     Args:
         url: ``grpc://host:port``, or ``grpcs://`` for TLS; an IPv6 address stands in brackets.
@@ -91,6 +92,7 @@ class RemoteSession:
             root_certificates=str(root_certificates) if root_certificates else None,
             channel_args=_channel(attempts),
         )
+        self._home = Home("the RemoteSession", self)
 
     def __call__(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
         """Run the model on the server; arguments and results as for the session.
@@ -98,7 +100,7 @@ class RemoteSession:
         Raises:
             InputError: what is wrong with which input; most of it is found before anything is sent.
             ServerError: the server cannot be reached, is busy, took too long or failed.
-            BcaError: the session is closed.
+            BcaError: the session is closed, or was made before a fork.
         """
         self._check_open()
         return tuple(self._run(self._model().contract.bind(args, named), cast).values())
@@ -133,9 +135,10 @@ class RemoteSession:
         return self._model().outputs
 
     def close(self) -> None:
-        """Close the connection; calling the session is an error from now on."""
+        """Close the connection; calling the session is an error from now on. In the child of a fork it stays the parent's."""
         self._closed = True
-        self._client.close()
+        if self._home.here:
+            self._client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +147,7 @@ class RemoteSession:
         self.close()
 
     def _check_open(self) -> None:
+        self._home.check()
         if self._closed:
             raise BcaError("the session is closed; make another RemoteSession")
 
@@ -154,6 +158,7 @@ class RemoteSession:
         return self._known
 
     def _asked_model(self) -> _Model:
+        self._home.check()
         found = self._asked(
             lambda: self._client.get_model_metadata(self._name, headers=self._headers, client_timeout=self._deadline_s)
         )

@@ -1,6 +1,5 @@
 """A bundle's engine as a backend: any number of threads share a few lanes, each of which runs one call at a time."""
 
-import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from bca_deploy.bundle import Bundle
 from bca_deploy.cuda import Gpu, failing_as, open_gpu
 from bca_deploy.engine_lane import Lane
 from bca_deploy.errors import EngineError
+from bca_deploy.forks import ForkLock
 from bca_deploy.gpus import query
 from bca_deploy.loaded_engine import EngineOptions, LoadedEngine, load_engine
 from bca_deploy.manifest import EngineEntry
@@ -127,7 +127,7 @@ class EngineBackend:
         self.what = f"{entry.file} on {entry.library} {entry.version}"
         self.gpu: Gpu | None = pool.gpu
         self._pool: LanePool | None = pool
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """Return the outputs by name, in the manifest's order, which need not be the engine's."""

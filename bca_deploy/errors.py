@@ -53,8 +53,19 @@ class ParityError(BcaError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what a library raised; its class and arguments where it says nothing."""
-    return next(iter(str(error).splitlines()), repr(error))
+    """Return the first line with text of what a library raised; its class and arguments where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def check_one_of(what: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuse a value that is none of the names on offer.
+
+    Raises:
+        InputError: naming the closest and all that are allowed.
+    """
+    names = list(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise InputError(f"{what} {value!r} is not known{nearest(str(value), names)}; allowed: {', '.join(names)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

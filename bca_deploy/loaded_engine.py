@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bca_deploy import nvidia
+from bca_deploy.bundle import reading
 from bca_deploy.contract import numpy_dtype
 from bca_deploy.engines import DTYPES
 from bca_deploy.errors import EngineError
@@ -54,7 +55,8 @@ class Said(threading.local):
 
     def reason(self) -> str:
         """Return the first of them."""
-        return self.lines[0].splitlines()[0] if self.lines else "the library gives no reason"
+        said = (line.strip() for text in self.lines for line in text.splitlines())
+        return next(filter(None, said), "the library gives no reason")
 
 
 class LoadedEngine:
@@ -174,13 +176,16 @@ def load_engine(path: Path, library: EngineLibrary, options: EngineOptions = Eng
     Raises:
         MissingDependencyError: the library is not installed.
         EngineError: it is not there, or does not open here.
+        BundleError: it cannot be read.
     """
     trt, said = nvidia.load(library), Said()
     if not path.is_file():
         raise EngineError(f"engine {path} does not exist; build it with bca build")
     runtime: tensorrt.Runtime = trt.Runtime(_logger(trt, said))  # it keeps its logger alive, and an engine keeps its runtime
     runtime.engine_host_code_allowed = options.host_code
-    engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(path.read_bytes())
+    with reading(path):
+        content = path.read_bytes()
+    engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise EngineError(f"{path.name} does not open here: {said.reason()}")
     return LoadedEngine(trt, engine, said, options)

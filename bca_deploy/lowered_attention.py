@@ -225,5 +225,6 @@ class MaskedCpuAttention(CpuAttention):
 
     def _marks(self, mask: Tensor | None, live: _Pair, dead: _Pair) -> Tensor:
         """Return ``[B, N, H * (D + 2)]``, zero but for the features; one row where there is no mask."""
-        rows = torch.tensor([([0.0] * self.head_size + [*pair]) * self.heads for pair in (dead, live)])
+        marks = [([0.0] * self.head_size + [*pair]) * self.heads for pair in (dead, live)]
+        rows = torch.tensor(marks, dtype=self.dtype)  # said, or the caller's default decides
         return rows[1] if mask is None else functional.embedding(mask.int(), rows)

@@ -1,7 +1,6 @@
 """Many pairs of different lengths: padded into batches where a GPU likes that, side by side on single threads on a CPU."""
 
 import contextvars
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from bca_deploy.backends import Backend
 from bca_deploy.contract import sizes_of
 from bca_deploy.errors import InputError
+from bca_deploy.forks import ForkLock
 from bca_deploy.grouping import cut, grouped, stacked
 
 Array = NDArray[Any]
@@ -105,7 +105,7 @@ class Many:
     ) -> None:
         self._backend, self._width, self._workers = backend, width, workers
         self._timed, self._executor, self._count_padding = timed, executor, count_padding
-        self._lock, self._running = threading.Lock(), 0
+        self._lock, self._running = ForkLock(), 0
 
     def _sizes(self, ready: Sequence[Pair]) -> list[Size]:
         return [Size(index, width=self._width, **sizes_of(one)) for index, one in enumerate(ready)]

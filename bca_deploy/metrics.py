@@ -1,6 +1,5 @@
 """Counts and latencies of a session, cheap enough for every call."""
 
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from bca_deploy.errors import missing
+from bca_deploy.forks import ForkLock
 
 #: Upper bounds of the latency histogram in milliseconds, a factor of about two apart; the last bucket is open.
 BOUNDS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
@@ -67,7 +67,7 @@ class Meter:
     """Collects; any number of threads may use it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._calls = self._failures = self._pairs = self._rows = self._padded = 0
         self._seconds = 0.0
         self._histogram = [0] * (len(BOUNDS_MS) + 1)

@@ -4,22 +4,18 @@ Ensures of every file it writes: exactly the opset asked for; inputs, outputs an
 weights as initializers under the seed's names; no dead nodes and nothing of the machine it was made on; full onnx.checker.
 """
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import torch
-import torch._dynamo.config
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 
-from bca_deploy.errors import ExportError, InputError
+from bca_deploy.errors import ExportError, InputError, first_line
+from bca_deploy.isolation import exporter_alone
 from bca_deploy.lowering import LoweredModel
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec, Runtime
 
@@ -125,21 +121,24 @@ def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, op
     kwargs = {name: _example(name, axes, model.edge) for name, axes in inputs.items()}
     dynamic = {name: {i: axis for i, axis in enumerate(axes) if isinstance(axis, str)} for name, axes in inputs.items()}
     # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
-    with _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with exporter_alone():
+        import torch._dynamo.config as settings  # here: importing it changes the process
+
         try:
-            program = torch.onnx.export(
-                model,
-                kwargs=kwargs,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=dynamic,
-                input_names=list(inputs),
-                output_names=list(interface.outputs(spec)),
-                optimize=True,
-                verbose=False,
-            )
+            with settings.patch(fake_tensor_cache_enabled=False):
+                program = torch.onnx.export(
+                    model,
+                    kwargs=kwargs,
+                    dynamo=True,
+                    opset_version=opset,
+                    dynamic_shapes=dynamic,
+                    input_names=list(inputs),
+                    output_names=list(interface.outputs(spec)),
+                    optimize=True,
+                    verbose=False,  # else it prints
+                )
         except Exception as error:  # the exporter raises what it likes; the cause is chained
-            raise ExportError(f"torch.onnx.export failed: {str(error).splitlines()[0]}; run with -v to see its log") from error
+            raise ExportError(f"torch.onnx.export failed: {first_line(error)}; run with -v to see its log") from error
     assert program is not None  # noqa: S101  (dynamo=True always returns a program)
     return program.model
 
@@ -147,22 +146,6 @@ def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, op
 def _example(name: str, axes: tuple[Axis, ...], dtype: torch.dtype) -> torch.Tensor:
     shape = [axis if isinstance(axis, int) else _TRACE_SIZES[axis] for axis in axes]
     return torch.ones(shape, dtype=torch.bool if name.endswith("mask") else dtype)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's chatter unless bca's own log level is DEBUG (``-v``); an error carries its message anyway."""
-    if logging.getLogger("bca_deploy").isEnabledFor(logging.DEBUG):
-        yield
-        return
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:

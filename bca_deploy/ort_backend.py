@@ -1,6 +1,5 @@
 """onnxruntime as a backend: the CPU, or a GPU through its CUDA and TensorRT providers."""
 
-import threading
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from bca_deploy.bundle import Bundle
 from bca_deploy.cuda import DeviceArray, Gpu, open_gpu
 from bca_deploy.denormals import Flushed, on_own_thread
 from bca_deploy.errors import BcaError, BundleError, EngineError, first_line, missing
+from bca_deploy.forks import ForkLock
 from bca_deploy.manifest import ModelEntry, TensorEntry
 from bca_deploy.profiles import shapes
 from bca_deploy.spec import Dims
@@ -58,7 +58,7 @@ class OrtBackend:
         self._names = [tensor.name for tensor in model.outputs]
         self._session = self._open(options.threads)
         self._alone: Any = None
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self.what = f"{model.file} on onnxruntime {onnxruntime().__version__}"
 
     def _open(self, threads: int | None) -> Any:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from bca_deploy.cases import Case, Scope, Sharpness, matrix, round_to
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import InputError, first_line
+from bca_deploy.isolation import one_thread
 from bca_deploy.lowering import DTYPES
 from bca_deploy.runners import Runner, at_edges, ort_runner, sharpened_copy, strict_runner_of
 from bca_deploy.spec import Dims, Interface, Precision
@@ -184,14 +185,14 @@ class _Bench:
         self.subject = subject
         self.yardstick = yardstick or Yardstick(subject.checkpoint, subject.interface, subject.precision)
         self.runtimes = runtimes or _on_cpu(subject.precision)
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        self.alone = contextlib.ExitStack()
+        self.alone.enter_context(one_thread())
         self.made: dict[Sharpness, dict[str, Runner]] = {}
         self.copies = tempfile.TemporaryDirectory(prefix="bca-parity-")
 
     def close(self) -> None:
         self.copies.cleanup()
-        torch.set_num_threads(self.threads)
+        self.alone.close()
 
     def run(self, case: Case, in_order: bool = False) -> list[CaseResult]:
         inputs, trial = self.yardstick.case(case, in_order)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -20,6 +19,7 @@ from bca_deploy.bundle import Bundle
 from bca_deploy.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import BundleError, InputError, ParityError
+from bca_deploy.isolation import plain_torch
 from bca_deploy.lowering import choose, graph_state, has_cpu_form, lower
 from bca_deploy.manifest import (
     DTYPE_OF,
@@ -76,6 +76,7 @@ class Plan:
         return self._yardsticks[precision]
 
 
+@plain_torch()
 def export(
     module: nn.Module,
     out: str | Path,
@@ -233,6 +234,7 @@ def reopen(bundle: Bundle, force: bool = True) -> Plan:
     return Plan(recipe, checkpoint, first.lowering, bundle.directory, force, expected)
 
 
+@plain_torch()
 def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precision, clock: Clock) -> Manifest:
     """Make the model of one more precision in a staged bundle, under the same parity rule as the others.
 
@@ -265,6 +267,8 @@ def refuse_failures(verdicts: Iterable[Verdict]) -> None:
 
 def refit_model(plan: Plan, model: ModelEntry, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
     """Put the plan's weights into a staged model of the same layer, and judge it; no trace is needed."""
+    import onnx_ir as ir
+
     path = directory / model.file
     with clock.stage(f"weights {model.precision}"):
         graph = ir.external_data.load_to_model(ir.load(path))  # nothing may still read from the file to be written

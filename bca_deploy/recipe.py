@@ -147,11 +147,17 @@ def read_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    try:
+        content = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise InputError(
+            f"recipe {path} cannot be read: {error.strerror or error}; check its permissions"
+        ) from error
+    if content is None:
         here = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise InputError(f"recipe {path} does not exist{nearest(path.name, here)}; recipes are TOML files, see export/recipes/")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not TOML: {error}") from error
 

@@ -10,12 +10,14 @@ from bca_deploy.checkpoint import Checkpoint, load
 from bca_deploy.engine import compile_engine
 from bca_deploy.engines import EnginePlan
 from bca_deploy.errors import EngineError, InputError
+from bca_deploy.isolation import plain_torch
 from bca_deploy.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.store import revised, write_build
 from bca_deploy.verdict import Verdict
 
 
+@plain_torch()
 def refit(
     bundle: str | Path,
     checkpoint: str | Path,

@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,9 @@ from bca_deploy.backends import Backend, Explanation, Options, choose
 from bca_deploy.bundle import Bundle, Check
 from bca_deploy.contract import Contract, numpy_dtype, shape_of, sizes_of
 from bca_deploy.cuda import DeviceArray
-from bca_deploy.errors import BcaError, InputError, ParityError
+from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
 from bca_deploy.files import read_arrays
+from bca_deploy.forks import ForkLock, Home
 from bca_deploy.manifest import SELFTEST_FILE, Manifest, TensorEntry
 from bca_deploy.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.spec import Dims, Precision
@@ -88,7 +88,8 @@ def open_session(  # noqa: PLR0913  (one parameter per option)
 class Session:
     """An open bundle on one backend; made by :func:`bca_deploy.open`.
 
-    Call it from any number of threads. What comes in decides what goes out: numpy for numpy, torch for torch.
+    Call it from any number of threads. What comes in decides what goes out: numpy for numpy, torch for torch. It belongs to
+    the process that opened it: in the child of a fork every call is an error that says so.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class Session:
             backend, bundle.manifest.layer.inner_dim, self._workers, self._timed, self._executor, self._meter.pad
         )
         self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._closed = False
+        self._home = Home("the session", self)
 
     def __call__(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
         """Run the model.
@@ -126,7 +128,7 @@ class Session:
 
         Raises:
             InputError: what is wrong with which input, and the way out.
-            BcaError: the session is closed.
+            BcaError: the session is closed, or was opened before a fork.
         """
         self._check_open()
         return tuple(self._run(self._contract.bind(args, named), cast).values())
@@ -173,8 +175,7 @@ class Session:
             InputError: naming the pair.
         """
         self._check_open()
-        if policy not in get_args(Policy):
-            raise InputError(f"policy {policy!r} is not known; allowed: {', '.join(get_args(Policy))}")
+        check_one_of("policy", policy, get_args(Policy))
         given = [tuple(pair) for pair in pairs]
         ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
         pads = self._backend.pads if policy == "auto" else policy == "pad"
@@ -186,6 +187,7 @@ class Session:
 
         A call that was accepted is finished, also when the session is closed meanwhile.
         """
+        self._check_open()
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
         bound = self._contract.bind(args, named)
         outputs = await loop.run_in_executor(self._executor(), lambda: context.run(self._run, bound, cast))
@@ -229,7 +231,7 @@ class Session:
         return self._explanation
 
     def metrics(self) -> Metrics:
-        """Return what this session has done so far."""
+        """Return what this session has done so far; in the child of a fork, what it had done before."""
         return self._meter.snapshot()
 
     @property
@@ -260,10 +262,13 @@ class Session:
     def close(self) -> None:
         """Finish what ``run_async`` accepted, and free everything; calling the session is an error from now on.
 
-        Calls that other threads are in end as they would have; the memory is freed when the last of them is done.
+        Calls that other threads are in end as they would have; the memory is freed when the last of them is done. In the
+        child of a fork nothing is freed: it is the parent's to free.
         """
         with self._lock:
             self._closed, pool = True, self._pool
+        if not self._home.here:
+            return
         try:
             if pool is not None:
                 pool.shutdown()
@@ -296,6 +301,7 @@ class Session:
         return self._contract.check(self._reader.read(given), cast)
 
     def _check_open(self) -> None:
+        self._home.check()
         if self._closed:
             raise BcaError("the session is closed; open the bundle again")
 

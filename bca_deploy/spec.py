@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from bca_deploy.errors import InputError
+from bca_deploy.errors import InputError, check_one_of
 
 Norm = Literal["layer", "rms"]
 Bias = Literal["none", "plane", "shared", "batch"]
@@ -53,7 +53,7 @@ class LayerSpec:
         final_norms: the transformer normalises its outputs.
 
     Raises:
-        InputError: a size below 1, or a combination that the published transformer cannot run.
+        InputError: an unknown norm, a size below 1, or a combination that the published transformer cannot run.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -77,6 +77,7 @@ class LayerSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"layer.{name} is {value}; it must be at least 1")
+        check_one_of("layer.norm", self.norm, get_args(Norm))
         if self.norm_eps == 0.0:
             object.__setattr__(self, "norm_eps", NORM_EPS[self.norm])
         _check_transformer(self)
@@ -123,6 +124,9 @@ class Interface:
         rel_pos_bias: added to the similarity before masking: ``none``, ``plane`` ``[x_len, context_len]``, ``shared``
             ``[heads, x_len, context_len]`` or ``batch`` ``[batch, heads, x_len, context_len]``.
         attention_maps: outputs ``attn [batch, heads, x_len, context_len]`` and ``context_attn`` of the same shape.
+
+    Raises:
+        InputError: an unknown kind of bias.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -131,6 +135,9 @@ class Interface:
     context_mask: bool = True
     rel_pos_bias: Bias = "none"
     attention_maps: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("rel_pos_bias", self.rel_pos_bias, get_args(Bias))
 
     @property
     def masked(self) -> bool:

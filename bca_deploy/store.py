@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import zipfile
@@ -147,7 +148,8 @@ def _parents(directory: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     path = out.parent / f".{out.name}.lock"
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    # For reading, which is enough for a lock: one that another user's killed writer has left stops nobody.
+    handle = os.open(path, os.O_CREAT | os.O_RDONLY, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The holder before us unlinks the file as it leaves: a lock on an unlinked file keeps nobody out.
@@ -180,10 +182,10 @@ def _leftovers(out: Path, kind: str) -> list[Path]:
 
 
 def _publish(staging: Path, out: Path) -> None:
+    _open_up(staging)
     if out.suffix == ".bca":
         _publish_archive(staging, out)
         return
-    staging.chmod(0o777 & ~_umask())
     if not out.is_dir():
         staging.rename(out)
         return
@@ -198,6 +200,20 @@ def _publish(staging: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_up(staging: Path) -> None:
+    """Give everything the mode that open() and mkdir() give here: some libraries write for their own user alone.
+
+    The modes are tried out, and not asked for: os.umask cannot be read without setting it, for every thread of the process.
+    """
+    probe = staging / ".probe"
+    probe.mkdir()
+    (probe / "file").touch()
+    directories, files = (stat.S_IMODE(path.stat().st_mode) for path in (probe, probe / "file"))
+    shutil.rmtree(probe)
+    for path in (staging, *staging.rglob("*")):
+        path.chmod(directories if path.is_dir() else files)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -237,9 +253,3 @@ def _publish_archive(staging: Path, out: Path) -> None:
             with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
                 shutil.copyfileobj(source, target)
     partial.replace(out)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

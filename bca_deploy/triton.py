@@ -6,12 +6,12 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bca_deploy.bundle import Bundle
 from bca_deploy.engine_backend import hull
 from bca_deploy.engines import why_stale
-from bca_deploy.errors import EngineError, InputError, missing
+from bca_deploy.errors import EngineError, InputError, check_one_of, missing
 from bca_deploy.manifest import EngineEntry, TensorEntry
 from bca_deploy.profiles import shapes
 from bca_deploy.spec import Dims
@@ -67,10 +67,12 @@ def write(bundle: Bundle, root: Path, options: Options) -> list[Path]:
         Their directories, the front first.
 
     Raises:
-        InputError: they are there already, or the model's element types cannot pass through Triton's python backend.
+        InputError: they are there already, the runtime is not known, or the model's element types cannot pass through
+            Triton's python backend.
         EngineError: the bundle has no such engine, or the server would not load it.
         MissingDependencyError: tritonclient is not installed.
     """
+    check_one_of("runtime", options.runtime, get_args(Runtime))
     engine = _choose(bundle, options)
     targets = [root / options.name, root / f"{options.name}_engine"]
     for target in targets:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 
 from bca_deploy import expect, selftest
-from bca_deploy.bundle import Bundle, safe_path
+from bca_deploy.bundle import Bundle, reading, safe_path
 from bca_deploy.cases import Scope
 from bca_deploy.checkpoint import Checkpoint, read
-from bca_deploy.errors import BundleError, ParityError
+from bca_deploy.errors import BundleError, ParityError, check_one_of
 from bca_deploy.files import read_arrays
+from bca_deploy.isolation import plain_torch
 from bca_deploy.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
 from bca_deploy.parity import Subject, judge, judge_inputs
 from bca_deploy.progress import Progress, Silent
@@ -24,6 +25,7 @@ from bca_deploy.verdict import Verdict
 Arrays = dict[str, NDArray[Any]]
 
 
+@plain_torch()
 def verify(
     bundle: Bundle | str | Path,
     *,
@@ -44,9 +46,10 @@ def verify(
 
     Raises:
         BundleError: the bundle is damaged, or its external data leaves it.
-        InputError: an input file does not fit, or leaves a live row without a key.
+        InputError: an unknown scope, or an input file that does not fit, or leaves a live row without a key.
         ParityError: a self-test or the stored sample fails.
     """
+    check_one_of("scope", scope, get_args(Scope))
     if not isinstance(bundle, Bundle):
         with Bundle.open(bundle) as opened:
             return verify(opened, inputs=inputs, scope=scope, progress=progress)
@@ -81,7 +84,8 @@ def _verify_model(
 def _check_external_data(bundle: Bundle, path: Path) -> None:
     """Refuse weights stored outside the bundle, or in a file that the manifest does not list."""
     try:
-        model = onnx.load(path, load_external_data=False)
+        with reading(path):
+            model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise BundleError(f"{path.name} is not an ONNX model: {error}; export the bundle again") from error
     for tensor in _tensors(model.graph):

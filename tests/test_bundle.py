@@ -1,6 +1,7 @@
 """The bundle format: opened without torch or onnx, refused when damaged, unsafe or newer, and the same bytes every time."""
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -26,7 +27,7 @@ import bca_deploy
 from bca_deploy import bundle as bundle_module
 from bca_deploy import selftest
 from bca_deploy.bundle import Bundle, Check, read_manifest, sha256
-from bca_deploy.errors import BcaError, BundleError
+from bca_deploy.errors import BcaError, BundleError, InputError
 from bca_deploy.manifest import Manifest, json_schema
 from bca_deploy.spec import Dims, Interface
 from bca_deploy.store import staged
@@ -635,3 +636,59 @@ def test_another_export_of_the_same_input_is_the_same_bytes(exported: Bundle, tm
     stages = ["weights", "trace fp32", "parity fp32", "trace fp16", "parity fp16"]
     stages += ["trace fp32.onnxruntime-cpu", "parity fp32.onnxruntime-cpu", "self-test"]
     assert done.stderr.splitlines() == [f"{stage} ..." for stage in stages]
+
+
+# ---- what the system does not let us read
+
+
+def denied(name: str) -> Callable[..., Any]:
+    """Path.open as it is for another user's private file of that name."""
+    real = Path.open
+
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    return opened
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "fp32.onnx"])
+def test_a_file_of_another_user_alone_is_named(exported: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(Path, "open", denied(name))
+    with pytest.raises(BundleError, match=rf"{name} cannot be read: Permission denied; check permissions"):
+        Bundle.open(exported.directory)
+
+
+def test_an_archive_of_another_user_alone_is_named(archive: Path, unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(bundle_module.zipfile, "ZipFile", closed)
+    with pytest.raises(BundleError, match=rf"{archive.name} cannot be read: Permission denied"):
+        Bundle.open(archive)
+    assert list(unpacked.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_an_archive_is_unpacked_is_told(
+    archive: Path, unpacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    with pytest.raises(BundleError, match=rf"{archive.name} cannot be read: No space left on device"):
+        Bundle.open(archive)
+    assert list(unpacked.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [Bundle.open, read_manifest, bca_deploy.open, bca_deploy.verify])
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path, call: Callable[[Path], object]) -> None:
+    with pytest.raises(BundleError, match=r"x{300}(/manifest\.json)? cannot be read: File name too long"):
+        call(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("check", ["fast", "FULL", None, 1])
+def test_an_unknown_check_is_refused(exported: Bundle, check: Any) -> None:
+    with pytest.raises(InputError, match=r"check .* is not known.*; allowed: full, size, off"):
+        Bundle.open(exported.directory, check)

@@ -730,3 +730,8 @@ def test_keys_come_in_one_order_whatever_the_order_in_the_file() -> None:
     state = make_checkpoint(prenorm=True).state
     backwards = dict(reversed(state.items()))
     assert list(from_state(backwards, 3).state) == list(from_state(state, 3).state)
+
+
+def test_a_checkpoint_that_the_system_does_not_show_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint .*x{300}\.pt cannot be read: File name too long"):
+        load(tmp_path / f"{'x' * 300}.pt")

@@ -285,3 +285,8 @@ def test_a_committed_recipe_reads_and_can_be_lowered(path: Path) -> None:
     assert len(recipe.description) > 20
     check_opset(recipe.opset)
     assert choose(recipe.lowering, recipe.layer.spec(), recipe.interface) in ("reference", "fused")
+
+
+def test_a_recipe_that_the_system_does_not_show_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe .*x{300}\.toml cannot be read: File name too long"):
+        read_recipe(tmp_path / f"{'x' * 300}.toml")

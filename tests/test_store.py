@@ -520,3 +520,59 @@ def test_an_archive_holds_exactly_the_files_and_other_tools_read_it(tmp_path: Pa
         # Stored, so that an .onnx inside could be mapped, and so that the bytes depend on no zlib version.
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
         assert {member.external_attr >> 16 for member in archive.infolist()} == {0o644}
+
+
+# ---- modes: everything is as readable as what the user makes by hand
+
+
+def modes(directory: Path) -> dict[str, set[int]]:
+    """The modes of all files and of all directories."""
+    paths = [directory, *directory.rglob("*")]
+    return {
+        "files": {path.stat().st_mode & 0o7777 for path in paths if path.is_file()},
+        "directories": {path.stat().st_mode & 0o7777 for path in paths if path.is_dir()},
+    }
+
+
+def ordinary(place: Path) -> dict[str, set[int]]:
+    (place / "ordinary").mkdir()
+    (place / "ordinary" / "file").write_text("")
+    return modes(place / "ordinary")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_what_a_library_wrote_for_its_own_user_alone_gets_the_umasks_mode(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with staged(tmp_path / "model") as directory:
+            (directory / "models").mkdir(mode=0o700)
+            os.close(os.open(directory / "models" / "private", os.O_CREAT | os.O_WRONLY, 0o600))
+            assert (tmp_path / ".model.lock").stat().st_mode & 0o777 == 0o666 & ~mask
+        assert modes(tmp_path / "model") == ordinary(tmp_path)
+    finally:
+        os.umask(before)
+
+
+def test_the_umask_is_not_touched_which_is_every_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("another thread's files would get this mode"))
+    publish(tmp_path / "model")
+    publish(tmp_path / "model.bca")
+
+
+def test_every_file_of_an_exported_bundle_is_as_readable_as_any_other(exported: Bundle, tmp_path: Path) -> None:
+    assert modes(exported.directory) == ordinary(tmp_path)
+
+
+def test_a_bundle_that_was_changed_stays_readable(exported: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(exported.directory, tmp_path / "model")
+    with store.revised(tmp_path / "model") as (_, directory):
+        (directory / "weights.safetensors").chmod(0o600)
+    assert modes(tmp_path / "model") == ordinary(tmp_path)
+
+
+def test_a_users_own_file_keeps_its_mode(tmp_path: Path) -> None:
+    publish(tmp_path / "model")
+    (tmp_path / "model" / "secret").write_text("mine")
+    (tmp_path / "model" / "secret").chmod(0o600)
+    publish(tmp_path / "model", force=True)
+    assert (tmp_path / "model" / "secret").stat().st_mode & 0o777 == 0o600

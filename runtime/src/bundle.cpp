@@ -88,7 +88,8 @@ Bundle open_bundle(const fs::path& directory, Verify verify) {
   try {
     return open_checked(directory, verify);
   } catch (const fs::filesystem_error& error) {
-    throw BundleError(directory.string() + " cannot be read: " + error.code().message() + "; check its permissions and links");
+    const fs::path& place = error.path1().empty() ? directory : error.path1();
+    throw BundleError(place.string() + " cannot be read: " + error.code().message() + "; check its permissions and links");
   }
 }
 

@@ -73,6 +73,15 @@ TEST(Bundle, ALinkThatLeadsOutIsRefusedAndOneInsideIsNot) {
   EXPECT_EQ(refused(copy.path), "no error");
 }
 
+TEST(Bundle, AFileThatTheSystemDoesNotShowIsNamed) {
+  for (const std::string name : {"manifest.json", "weights.safetensors"}) {
+    const BundleCopy copy;
+    support::fs::remove(copy.path / name);
+    support::fs::create_symlink(name, copy.path / name);
+    EXPECT_HAS(refused(copy.path), (copy.path / name).string() + " cannot be read: ");
+  }
+}
+
 TEST(Bundle, ADirectoryWithoutAManifestAndAnArchiveSayWhatToDo) {
   const BundleCopy copy;
   EXPECT_HAS(refused(copy.path / "models"), "is not a bundle: it has no manifest.json; make one with bca-export --out");
