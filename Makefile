@@ -11,12 +11,15 @@ BINDINGS := 10.16.1.11 11.4.0.106
 # A real Triton for the tests, with its python backend alone. That wants numpy 1, of which Python 3.13 has no build.
 TRITON := nvidia-pytriton==0.7.0 onnxruntime==1.32.0 'numpy==1.26.4; python_version < "3.13"'
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# What takes minutes says so first.
+SAY = @echo "make $@:"
 
 .PHONY: setup demo check test bench gpu-proof clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sdks.txt
+	$(SAY) "the environment: gigabytes of packages, and a real Triton; a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps --target $(VENV)/typings tensorrt-stubs==$(STUBS)
@@ -24,6 +27,7 @@ $(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sd
 	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true
 	$(PYTHON) -m venv $(VENV)/triton
 	$(VENV)/triton/bin/python -m pip install -q --disable-pip-version-check --no-deps $(TRITON)
+	$(SAY) "what the tests of runtime/ need: Debian's packages and the headers of three SDKs"
 	runtime/tests/setup.sh $(BIN)/python $(VENV)/sdk
 	touch $@
 
@@ -33,12 +37,17 @@ demo: $(READY)
 	$(BIN)/bca inspect build/demo
 
 check: $(READY)
+	$(SAY) "ruff and mypy"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SAY) "the fast tests; some minutes"
 	$(PYTEST) -m 'not slow'
 
 test: check
+	$(SAY) "the C++ runtime as it ships, with AddressSanitizer and with ThreadSanitizer: minutes when they are new"
+	$(BIN)/python tests/native.py release address thread
+	$(SAY) "the slow tests: C++ and its fuzzers, exports of every kind, servers under attack; the longest part"
 	$(PYTEST) -m slow
 
 bench: $(READY)

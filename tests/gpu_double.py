@@ -218,7 +218,7 @@ class EngineDouble:
         self.dtypes = {t.name: numpy_dtype(t.dtype) for t in (*entry.inputs, *entry.outputs)}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.compute = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        self.compute = Compute(onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"]))
         self.refuses, self.delay_s, self.writes, self.capturable = "", 0.0, True, True
         self.contexts: list[ContextDouble] = []
         self.strategies: list[Any] = []
@@ -244,6 +244,20 @@ class EngineDouble:
             return None
         self.contexts.append(ContextDouble(self))
         return self.contexts[-1]
+
+
+class Compute:
+    """A model on onnxruntime that gives the same bits for the same inputs: an engine does, and onnxruntime need not."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.names = session, [output.name for output in session.get_outputs()]
+        self.known: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        key = tuple((name, array.shape, array.tobytes()) for name, array in inputs.items())
+        if key not in self.known:
+            self.known[key] = dict(zip(self.names, self.session.run(self.names, inputs), strict=True))
+        return self.known[key]
 
 
 class ContextDouble:
@@ -316,10 +330,10 @@ class ContextDouble:
         assert scratch.nbytes >= engine.device_memory_size_v2
         time.sleep(engine.delay_s)
         arrays = {name: gpu.at(addresses[name], shape, engine.dtypes[name]) for name, shape in shapes.items()}
-        results = engine.compute.run(None, {name: arrays[name].copy() for name in engine.network.inputs})
-        for output, result in zip(engine.compute.get_outputs(), results, strict=True):
+        results = engine.compute.run({name: arrays[name].copy() for name in engine.network.inputs})
+        for name, result in results.items():
             if engine.writes:
-                arrays[output.name][...] = result + wrong
+                arrays[name][...] = result + wrong
 
 
 @dataclass

@@ -1,4 +1,9 @@
-"""Building runtime/ for the tests and the benchmark: a directory for each preset, built again only where something changed."""
+"""Building runtime/ for the tests and the benchmark: a directory for each preset, built again only where something changed.
+
+python tests/native.py PRESET...
+
+Builds them and says what it does, as `make test` has it before the tests that need them.
+"""
 
 import fcntl
 import os
@@ -7,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +37,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     ),
     "clang": ("clang++",),
 }
+#: How LeakSanitizer ends where it cannot stop the program's threads to look: under ptrace or where that is forbidden, and
+#: now and then on a machine that is busy.
+LEAKS_UNKNOWN = "LeakSanitizer has encountered a fatal error"
 
 
 def missing(*parts: str) -> list[str]:
@@ -68,6 +77,28 @@ def passed(command: list[str | Path], cwd: Path = ROOT, **more: str) -> str:
     return done.stdout
 
 
+@cache
+def _steady() -> tuple[str, ...]:
+    """Return what keeps addresses where older sanitizers expect them; empty where this machine does not allow it."""
+    keep = ("setarch", "--addr-no-randomize")
+    if not shutil.which(keep[0]) or subprocess.run([*keep, "true"], capture_output=True, check=False).returncode:
+        return ()
+    return keep
+
+
+def sanitized(command: list[str | Path], cwd: Path = ROOT, **more: str) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """Run what was built with a sanitizer; return how it ended, and whether leaks were looked for.
+
+    Where LeakSanitizer fails by itself the program is run again, and the last time without it: what the program does wrong
+    is found all the same, and only leaks are not. The caller says so.
+    """
+    for look in (1, 1, 1, 0):
+        done = run([*_steady(), *command], cwd, ASAN_OPTIONS=f"detect_leaks={look}", **more)
+        if LEAKS_UNKNOWN not in done.stderr:
+            return done, bool(look)
+    return done, False
+
+
 def build(preset: str) -> Path:
     """Build a preset and return its directory; one process at a time, for tests run in several."""
     with _locked(preset):
@@ -82,3 +113,17 @@ def _locked(name: str) -> Iterator[None]:
     with (BUILD / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def main() -> None:
+    """Build the presets that are named, telling what is done; where something is missing the tests skip, and say it again."""
+    for preset in sys.argv[1:]:
+        if lacking := missing("library", *(["clang"] if preset == "address" else [])):
+            print(f"runtime/ ({preset}) is not built without {', '.join(lacking)}", flush=True)  # noqa: T201
+        else:
+            print(f"building runtime/ ({preset}): minutes when it is new", flush=True)  # noqa: T201
+            build(preset)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,6 +19,10 @@ import httpx
 import native
 import pytest
 
+#: Seconds that only a hang takes. Whatever is waited for comes in its own time: another machine, or this one when it is busy,
+#: may be many times slower.
+PATIENCE_S = 600.0
+
 BCA = (sys.executable, "-c", "from bca_deploy.cli import main; main()")
 
 
@@ -34,14 +37,14 @@ class Server:
     scheme: str = "http"
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.scheme}://{self.http}{path}", timeout=30, **options)
+        return httpx.get(f"{self.scheme}://{self.http}{path}", timeout=PATIENCE_S, **options)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.scheme}://{self.http}{path}", timeout=30, **options)
+        return httpx.post(f"{self.scheme}://{self.http}{path}", timeout=PATIENCE_S, **options)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(40)
+        return self.process.wait(PATIENCE_S)
 
     def rss_mb(self) -> float:
         text = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
@@ -54,8 +57,9 @@ class Server:
 def bca_serve(
     bundle: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = BCA
 ) -> Iterator[Server]:
-    """`bca serve` as its own process; leaving the context kills what is left of it."""
-    command = [*program, "serve", str(bundle), "--http-port", "0", "--grpc-port", "0", *options]
+    """`bca serve` as its own process, patient unless told otherwise; leaving the context kills what is left of it."""
+    patient = ("--deadline-s", f"{PATIENCE_S:g}", "--grace-s", f"{PATIENCE_S:g}")
+    command = [*program, "serve", str(bundle), "--http-port", "0", "--grpc-port", "0", *patient, *options]
     with log.open("ab") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | (env or {}))
     try:
@@ -68,6 +72,37 @@ def bca_serve(
         process.kill()
         process.wait()
         process.stdout and process.stdout.close()
+
+
+def held(log: Path) -> tuple[str, ...]:
+    """`bca serve` with a model that ends no call while the server is held; for :func:`bca_serve`, with the same log."""
+    code = f"""
+import os, time
+from bca_deploy import serve
+from bca_deploy.session import Session
+serve.READING_S = 5.0  # clients on a busy machine are slow to read
+run_many = Session.run_many
+def held(*args, **options):
+    while os.path.exists({str(_hold(log))!r}):
+        time.sleep(0.002)
+    return run_many(*args, **options)
+Session.run_many = held
+"""
+    return (*BCA[:2], code + BCA[2])
+
+
+@contextlib.contextmanager
+def holding(server: Server) -> Iterator[None]:
+    """Hold the server's model: what is to be at work stays there, on the fastest machine and on the slowest."""
+    _hold(server.log).touch()
+    try:
+        yield
+    finally:
+        _hold(server.log).unlink()
+
+
+def _hold(log: Path) -> Path:
+    return log.with_name(f"{log.name}.hold")
 
 
 @contextlib.contextmanager
@@ -90,7 +125,7 @@ def cpp_serve(bundle: Path, log: Path) -> Iterator[Server]:
         process.communicate()
 
 
-def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+def until(true: Callable[[], object], seconds: float = PATIENCE_S) -> None:
     """Wait for what another process does; fails when it does not."""
     end = time.monotonic() + seconds
     while not true():
@@ -109,64 +144,69 @@ def _tritonserver(log: Path) -> tuple[list[str], dict[str, str]]:
     environment = triton_environment()
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     home = environment / "lib" / f"python{python}" / "site-packages" / "pytriton" / "tritonserver"
-    stub = home / "backends" / "python" / "triton_python_backend_stub"
-    if not stub.exists():
-        with contextlib.suppress(FileExistsError):
-            stub.symlink_to(home / "python_backend_stubs" / python / stub.name)
+    backends = _backends(home, home / "python_backend_stubs" / python, log.with_name("backends"))
     # The backend embeds the python3 that it finds on the path, and needs its library.
     path = {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
-    command = [str(home / "bin" / "tritonserver"), "--backend-directory", str(home / "backends"), "--allow-metrics", "false"]
-    return command, os.environ | path
+    command = [str(home / "bin" / "tritonserver"), "--backend-directory", str(backends), "--allow-metrics", "false"]
+    patience = ["--backend-config", f"python,stub-timeout-seconds={PATIENCE_S:.0f}"]
+    return command + patience, os.environ | path
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports below those that the system gives to other sockets, so that they are still free when a server binds them."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(15_000, 32_000)  # noqa: S311  (no secret)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
-    return found
+def _backends(home: Path, stubs: Path, place: Path) -> Path:
+    """The python backend with the stub of this Python beside it, as it looks for it there; the set-up stays as it is."""
+    python = place / "python"
+    python.mkdir(parents=True)
+    files = {file.name: file for file in (*(home / "backends" / "python").iterdir(), *stubs.iterdir())}
+    for name, file in files.items():
+        (python / name).symlink_to(file.resolve())
+    return place
+
+
+@contextlib.contextmanager
+def free_ports(count: int) -> Iterator[list[int]]:
+    """Ports that stay free for one server of ours to listen on: bound here, so that the system gives them to nobody else.
+
+    Nothing answers on them meanwhile. Servers set SO_REUSEADDR, with which a port may be bound again that nobody listens on.
+    """
+    with contextlib.ExitStack() as held:
+        found = [held.enter_context(socket.socket()) for _ in range(count)]
+        for port in found:
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.bind(("127.0.0.1", 0))
+        yield [port.getsockname()[1] for port in found]
 
 
 @contextlib.contextmanager
 def tritonserver(repository: Path, log: Path, env: dict[str, str] | None = None, ready: bool = True) -> Iterator[Server]:
     """The real Triton; without ``ready`` the context begins when it has given up."""
     command, environment = _tritonserver(log)
-    http, grpc = free_ports(2)
-    listen = ["--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1", "--http-port", str(http), "--grpc-port", str(grpc)]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*command, *listen, "--model-repository", str(repository)],
-            stdout=output,
-            stderr=output,
-            env=environment | (env or {}),
-            cwd=repository,
-        )
-    server = Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
-    try:
-        if ready:
-            _wait(server)
-        else:
-            process.wait(60)
-        yield server
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        process.kill()
-        process.wait()
+    with free_ports(2) as (http, grpc), log.open("ab") as output:
+        command += ["--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"]
+        command += ["--http-port", str(http), "--grpc-port", str(grpc), "--model-repository", str(repository)]
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment | (env or {}), cwd=repository)
+        server = Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
+        try:
+            if ready:
+                _wait(server)
+            else:
+                process.wait(PATIENCE_S)
+            yield server
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            process.kill()
+            process.wait()
 
 
 def _wait(server: Server) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
+    def ready() -> bool:
         assert server.process.poll() is None, server.log.read_text(encoding="utf-8")[-6000:]
         with contextlib.suppress(httpx.TransportError):
-            if server.get("/v2/health/ready").status_code == 200:
-                return
-        time.sleep(0.1)
-    raise AssertionError(server.log.read_text(encoding="utf-8")[-6000:])
+            return server.get("/v2/health/ready").status_code == 200
+        return False
+
+    until(ready)
 
 
 def put_stand_in(engine: Path) -> None:

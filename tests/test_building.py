@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from safetensors.torch import save_file
+from servers import until
 from test_store import contents, untouched
 from typer.testing import CliRunner, Result
 
@@ -562,10 +563,7 @@ def test_a_killed_build_leaves_a_whole_bundle_at_whatever_moment(copy: Path, exp
             assert len(bundle.manifest.engines) in (0, 1)
         delay += 0.1
     assert engine_of(copy).targets == ALL
-    until = time.monotonic() + 30
-    while marked(mark) and time.monotonic() < until:  # a builder without a parent ends by itself
-        time.sleep(0.1)
-    assert not marked(mark)
+    until(lambda: not marked(mark))  # a builder without a parent ends by itself
     build(copy, targets=["sm89"])  # and the next build takes away what was left beside it
     assert [path.name for path in copy.parent.iterdir()] == ["model"]
 

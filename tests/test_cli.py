@@ -22,6 +22,7 @@ import torch
 from conftest import make_checkpoint, make_spec
 from onnx.external_data_helper import set_external_data
 from safetensors.torch import save_file
+from servers import PATIENCE_S
 from test_bundle import HEAVY, run_without
 from typer.testing import CliRunner, Result
 
@@ -610,10 +611,11 @@ def test_control_c_in_a_real_export_exits_130_and_leaves_nothing(tmp_path: Path,
         seen = [process.stderr.readline() for _ in range(2)]
         assert any(tmp_path.iterdir())  # it is in the middle of it, or the test shows nothing
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
     assert contents(tmp_path) == {}
     assert seen == ["weights ...\n", "trace fp32 ...\n"]
-    assert (process.returncode, out, err) == (130, "", "error: interrupted; nothing was left behind\n")
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "error: interrupted; nothing was left behind"  # after stages that were quicker than we are
 
 
 def test_control_c_that_a_destructor_swallows_ends_the_work_at_the_next_stage() -> None:

@@ -5,9 +5,9 @@ import contextlib
 import importlib
 import os
 import re
-import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from servers import Server, cpp_serve, free_ports
+from servers import PATIENCE_S, Server, cpp_serve, free_ports
 from test_session import make
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -153,11 +153,11 @@ def test_a_model_that_is_not_there_is_named(server: Server) -> None:
 
 
 def test_a_server_that_is_not_there_is_named_within_the_deadline() -> None:
-    (port,) = free_ports(1)
-    message = rf"127\.0\.0\.1:{port}, model bca: the server is not there or went away"
-    remote = RemoteSession(f"grpc://127.0.0.1:{port}", deadline_s=5, attempts=2)
-    with remote, pytest.raises(ServerError, match=message):
-        remote(**make(1, 4, 3))
+    with free_ports(1) as (port,):
+        message = rf"127\.0\.0\.1:{port}, model bca: the server is not there or went away"
+        remote = RemoteSession(f"grpc://127.0.0.1:{port}", deadline_s=PATIENCE_S, attempts=2)
+        with remote, pytest.raises(ServerError, match=message):
+            remote(**make(1, 4, 3))
 
 
 class Flaky(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -181,12 +181,30 @@ class Flaky(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 @contextlib.contextmanager
 def flaky(failures: int) -> Iterator[tuple[Flaky, str]]:
-    servicer, server = Flaky(failures), grpc.server(ThreadPoolExecutor(2))
+    servicer = Flaky(failures)
+    with listening(servicer) as url:
+        yield servicer, url
+
+
+class Mute(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A server that is there and does not answer."""
+
+    def __init__(self) -> None:
+        self.asked, self.over = threading.Event(), threading.Event()
+
+    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.asked.set()
+        assert self.over.wait(PATIENCE_S)
+
+
+@contextlib.contextmanager
+def listening(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(2))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield servicer, f"grpc://127.0.0.1:{port}"
+        yield f"grpc://127.0.0.1:{port}"
     finally:
         server.stop(None).wait()
 
@@ -205,19 +223,20 @@ def test_an_unavailable_server_is_asked_again_as_often_as_allowed(length: int) -
 
 
 def test_a_server_that_never_answers_delays_no_other_session(served: Server) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        mute = RemoteSession(f"grpc://127.0.0.1:{listener.getsockname()[1]}", deadline_s=20)
-        waiting = pool.submit(mute.run, make(1, 4, 3))
-        connection, _ = listener.accept()
-        began = time.monotonic()
-        with connection, RemoteSession(f"grpc://{served.grpc}") as live:
-            assert len(live(**make(1, 4, 3))) == 2
-            took = time.monotonic() - began
+    mute = Mute()
+    with listening(mute) as url, ThreadPoolExecutor(1) as pool:
+        remote = RemoteSession(url, deadline_s=PATIENCE_S)
+        waiting = pool.submit(remote.run, make(1, 4, 3))
+        try:
+            assert mute.asked.wait(PATIENCE_S)
+            with RemoteSession(f"grpc://{served.grpc}") as live:
+                assert len(live(**make(1, 4, 3))) == 2
             assert not waiting.done()
-            mute.close()
+            remote.close()
             with pytest.raises(BcaError):
-                waiting.result(10)
-    assert took < 5
+                waiting.result(PATIENCE_S)
+        finally:
+            mute.over.set()
 
 
 def test_a_closed_session_says_so_whatever_is_asked_of_it(served: Server) -> None:
@@ -316,8 +335,8 @@ print([name for name in heavy if name in sys.modules])
 def test_a_load_test_fails_when_one_of_its_clients_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     load = importlib.import_module("serving").load
-    assert load(lambda: lambda: time.sleep(0.001), 2, 0.05)["calls"] > 0
+    assert load(lambda: lambda: time.sleep(0.001), 2, 1.0)["calls"] > 0
     for good_calls in (0, 3):  # before the clients begin together, and after
         calls = iter(range(good_calls))
         with pytest.raises(RuntimeError, match=r"of 2 clients did not get through, the first because of StopIteration"):
-            load(lambda: lambda: next(calls), 2, 0.05)  # noqa: B023
+            load(lambda: lambda: next(calls), 2, PATIENCE_S)  # noqa: B023

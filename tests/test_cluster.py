@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
-from servers import BCA, free_ports, until
+from servers import BCA, PATIENCE_S, free_ports, until
 from test_session import bca
 
 from bca_deploy import __version__, cluster
@@ -168,20 +167,20 @@ def test_the_dockerfiles_commands_serve_the_bundle_and_find_it_healthy(exported:
     context = done.output.strip().rsplit(" ", 1)[1]
     source, target = json.loads(found["COPY"].split(" ", 1)[1])
     assert (Path(context) / source).resolve() == exported.directory.resolve()
-    http, grpc = map(str, free_ports(2))
-    swap = {target: str(exported.directory), "0.0.0.0": "127.0.0.1", "8080": http, "9000": grpc}  # noqa: S104
-    program, *arguments = (swap.get(word, word) for word in json.loads(found["ENTRYPOINT"]))
-    assert program == "bca"
-    health = json.loads(found["HEALTHCHECK"].split(" CMD ", 1)[1])
-    health = [sys.executable, *(word.replace("8080", http) for word in health[1:])]
-    with subprocess.Popen([*BCA, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            until(lambda: answers(int(http)))
-            assert subprocess.run(health, check=False).returncode == 0
-        finally:
-            server.terminate()
-            assert server.wait(20) == 0
-    assert subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode != 0
+    with free_ports(2) as ports:
+        http, grpc = map(str, ports)
+        swap = {target: str(exported.directory), "0.0.0.0": "127.0.0.1", "8080": http, "9000": grpc}  # noqa: S104
+        program, *arguments = (swap.get(word, word) for word in json.loads(found["ENTRYPOINT"]))
+        assert program == "bca"
+        health = json.loads(found["HEALTHCHECK"].split(" CMD ", 1)[1])
+        health = [sys.executable, *(word.replace("8080", http) for word in health[1:])]
+        with subprocess.Popen([*BCA, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                until(lambda: subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode == 0)
+            finally:
+                server.terminate()
+                assert server.wait(PATIENCE_S) == 0
+        assert subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode != 0
     assert re.fullmatch(r"python:3\.1[1-3]-slim", found["FROM"])
 
 
@@ -189,10 +188,3 @@ def test_the_command_that_builds_the_image_can_be_pasted_whatever_the_paths_are(
     target, bundle = tmp_path / "Docker file;", tmp_path / "my models" / "a bundle"
     words = shlex.split(cluster.write_docker(target, bundle))
     assert words == ["docker", "build", "-t", "bca", "-f", str(target), str(bundle.parent)]
-
-
-def answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -37,6 +38,25 @@ class Children:
         """Run this Python in place of the builder; ``request`` is what the builder was asked for."""
         head = "import json, os, signal, sys, time; request = json.load(sys.stdin)\n"
         self.wrap = lambda command: [sys.executable, "-c", head + code]
+
+    def linger(self) -> None:
+        """Let the real builder go no further than its first word of progress before it is asked to stop."""
+        code = """
+import time
+from bca_deploy import builder
+step = builder.Meter.step
+def lingers(self, *what):
+    grew = step(self, *what)
+    if grew:
+        while not builder._stopped and told:
+            time.sleep(0.01)
+        told.append(grew)
+    return grew
+told = []
+builder.Meter.step = lingers
+builder.main()
+"""
+        self.wrap = lambda command: [sys.executable, "-P", "-c", code]
 
     def limit(self, kilobytes: int) -> None:
         """Let the builder write no file longer than this, as on a disk that fills up."""
@@ -66,7 +86,7 @@ def request_(exported: Bundle, tmp_path: Path) -> Request:
     return replace(request, out=str(tmp_path / "an engine"))
 
 
-def compile_(request: Request, time_limit_s: float = 60, report: Callable[[float], None] = lambda share: None) -> Built:
+def compile_(request: Request, time_limit_s: float = 600, report: Callable[[float], None] = lambda share: None) -> Built:
     return compile_engine(request, time_limit_s, report)
 
 
@@ -76,10 +96,12 @@ def nothing_is_left(children: Children, request: Request) -> bool:
     return all(child.poll() is not None for child in children.started) and not list(place.iterdir())
 
 
-def refusal(children: Children, request: Request, time_limit_s: float = 60) -> str:
+def refusal(
+    children: Children, request: Request, time_limit_s: float = 600, report: Callable[[float], None] = lambda share: None
+) -> str:
     """Return why nothing was built, and hold that nothing is left."""
     with pytest.raises(EngineError) as caught:
-        compile_(request, time_limit_s)
+        compile_(request, time_limit_s, report)
     assert len(children.started) == 1
     assert nothing_is_left(children, request)
     return str(caught.value)
@@ -117,6 +139,8 @@ def test_an_engine_that_was_there_is_replaced(request_: Request) -> None:
 def test_a_build_stopped_by_its_caller_leaves_no_process_and_no_file(
     request_: Request, children: Children, error: type[BaseException]
 ) -> None:
+    children.linger()
+
     def stop(share: float) -> None:
         assert children.started[0].poll() is None  # it is in the middle of the work
         raise error
@@ -150,12 +174,21 @@ def test_a_build_that_takes_too_long_is_stopped_and_names_the_limit(request_: Re
     assert "raise engine.time_limit_s in the recipe; the last lines of its log:\n" in message
 
 
-def test_a_builder_that_hangs_is_stopped_where_its_log_ends(request_: Request, children: Children) -> None:
+def test_a_builder_that_hangs_is_stopped_where_its_log_ends(
+    request_: Request, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
     children.instead(
-        "open(request['log'], 'w').write('VERBOSE\\tParsing node: the_guilty [MatMul]\\n'); time.sleep(600)",
+        "open(request['log'], 'w').write('VERBOSE\\tParsing node: the_guilty [MatMul]\\n'); "
+        "os.write(request['events'], b'{\"progress\": 0.5}\\n'); time.sleep(600)",
     )
-    message = refusal(children, request_, time_limit_s=1)
-    assert message.startswith("the build took longer than 1 s, at the_guilty [MatMul]; ")
+    now = [0.0]
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def hours_pass(share: float) -> None:  # when the log is written, however long that took
+        now[0] = 1e4
+
+    message = refusal(children, request_, 3600, hours_pass)
+    assert message.startswith("the build took longer than 3600 s, at the_guilty [MatMul]; ")
     assert message.endswith("\n  Parsing node: the_guilty [MatMul]")
 
 

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from gpu_double import ContextDouble, DeviceTensor, EngineDouble, Machine, machine
+from rounding import assert_same
+from servers import PATIENCE_S
 from test_session import make
 
 import bca_deploy
@@ -63,8 +65,7 @@ def umask() -> int:
 
 
 def same(got: Any, wanted: Any) -> None:
-    for ours, theirs in zip(got, wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same(got, wanted, "fp16")
 
 
 # ---- the choice
@@ -394,21 +395,18 @@ def test_sixteen_threads_of_different_shapes_never_mix_results(path: Path, gpu: 
 def test_no_more_contexts_work_at_once_than_were_asked_for_and_those_overlap(path: Path, gpu: Machine) -> None:
     with bca_deploy.open(path, backend="rtx", contexts=2) as session:
         engine, running, most = gpu.engines[0], [0], [0]
-        lock, compute = threading.Lock(), engine.compute
+        lock, compute, met = threading.Lock(), engine.compute, threading.Barrier(2)
 
         class Counted:
-            get_outputs = compute.get_outputs
-
-            def run(self, *args: Any) -> Any:
+            def run(self, inputs: dict[str, np.ndarray]) -> Any:
                 with lock:
                     running[0] += 1
                     most[0] = max(most[0], running[0])
-                engine_pause.wait(0.05)
+                met.wait(PATIENCE_S)  # each call goes on when another is in it too, however slowly the threads come
                 with lock:
                     running[0] -= 1
-                return compute.run(*args)
+                return compute.run(inputs)
 
-        engine_pause = threading.Event()
         engine.compute = Counted()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda seed: session(**make(1, 3, 4, seed)), range(16)))

@@ -16,7 +16,7 @@ from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import ExportError, InputError
 from bca_deploy.lowering import graph_state, lower
 from bca_deploy.onnx_graph import OPSETS, trace, write
-from bca_deploy.spec import Interface, LayerSpec, Precision
+from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision
 
 
 def traced(
@@ -139,8 +139,8 @@ def test_weights_over_the_threshold_leave_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "outside.onnx").stat().st_size < 100_000 < (tmp_path / "outside.onnx.data").stat().st_size
     inputs = feeds(checkpoint.spec, Interface(False, False), 2, 6, 7)
     inside, outside = (session_of(tmp_path / f"{name}.onnx").run(None, inputs) for name in ("inside", "outside"))
-    for one, other in zip(inside, outside, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for one, other in zip(inside, outside, strict=True):  # the same but for rounding, over products of 512 terms
+        np.testing.assert_allclose(one, other, rtol=0, atol=40 * UNIT_ROUNDOFF["fp32"] * np.abs(other).max())
 
 
 @pytest.mark.slow

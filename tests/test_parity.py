@@ -1,7 +1,6 @@
 """The verdict: right models pass, planted defects do not, and NaN never does."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +144,15 @@ def test_a_failing_runtime_is_a_finding(right: Subject, monkeypatch: pytest.Monk
     assert "failed to run: no such kernel" in verdict.failures[0]
 
 
-def test_the_report_is_the_same_every_time(right: Subject) -> None:
-    assert judge(right, "quick") == judge(right, "quick")
+def outline(verdict: Verdict) -> list[tuple[object, ...]]:
+    """What a verdict says, but for the figures: PyTorch and onnxruntime may give other bits at every call."""
+    return [(r.name, r.family, r.sharpness, r.runtime, list(r.regions), r.failures) for r in verdict.results]
+
+
+def test_the_report_has_the_same_cases_and_the_same_outcome_every_time(right: Subject) -> None:
+    one, other = judge(right, "quick"), judge(right, "quick")
+    assert outline(one) == outline(other)
+    assert (bool(one), one.notes, one.failures) == (bool(other), other.notes, other.failures)
 
 
 def test_own_inputs_are_judged_too(right: Subject) -> None:
@@ -213,7 +219,7 @@ def test_rounding_the_weights_is_reported_apart(exported: Bundle) -> None:
         path = exported.path(f"models/{precision}.onnx")
         subject = Subject(path, checkpoint, exported.manifest.interface, exported.manifest.dims, precision, keep_io_types=True)  # type: ignore[arg-type]
         results[precision] = judge(subject, "quick")
-    assert results["fp32"].weight_rounding == 0
+    assert results["fp32"].weight_rounding < 1e-12  # two runs in float64, of the same weights
     assert 1e-5 < results["fp16"].weight_rounding < 1e-2
 
 
@@ -239,9 +245,7 @@ def test_parity_judges_what_it_is_given_to_run_on(tmp_path: Path) -> None:
     # The model, and a copy of it with weights for each further sharpness.
     assert asked[0] == subject.path
     assert [path.name.partition("-")[0] for path in asked[1:]] == ["sharpened"] * 2
-    assert [replace(r, runtime="onnxruntime") for r in verdict.results] == [
-        r for r in usual.results if r.runtime == "onnxruntime"
-    ]
+    assert outline(verdict) == [(*r[:3], "mine", *r[4:]) for r in outline(usual) if r[3] == "onnxruntime"]
     assert usual.notes
     assert verdict.notes == ()  # they are about the runtimes of the CPU
 

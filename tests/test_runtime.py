@@ -9,16 +9,18 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import native
 import numpy as np
 import pytest
+from held_server import Held
 from native import passed
+from rounding import is_same
+from servers import PATIENCE_S, until
 
 import bca_deploy
 from bca_deploy.bundle import Bundle
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 LACKING = native.missing("library")
 needs_clang = pytest.mark.skipif(bool(native.missing("clang")), reason="no clang++; install Debian's clang and libclang-rt-dev")
+PATIENT_MS = f"{PATIENCE_S * 1e3:.0f}"
 FIXTURE = native.ROOT / "tests" / "fixtures" / "format1"
 README = (native.ROOT / "runtime" / "README.md").read_text(encoding="utf-8")
 TOP_README = (native.ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,38 +99,51 @@ def test_ctest_runs_every_suite(release: Path) -> None:
 @needs_clang
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(release: Path) -> None:
     tests = native.build("address") / "tests" / "bca_tests"
-    assert "[  PASSED  ]" in passed([tests], ASAN_OPTIONS="detect_leaks=1", UBSAN_OPTIONS="print_stacktrace=1")
+    done, leaks = native.sanitized([tests], UBSAN_OPTIONS="print_stacktrace=1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert "[  PASSED  ]" in done.stdout
+    if not leaks:
+        pytest.skip(NO_LEAK_CHECK)
+
+
+NO_LEAK_CHECK = f"everything passed but the look for leaks, which does not work here: {native.LEAKS_UNKNOWN}"
 
 
 def test_thread_sanitizer_finds_nothing_on_an_instrumented_onnxruntime_nor_on_the_real_one(release: Path) -> None:
     built = native.build("thread") / "tests"
     chosen = "--gtest_filter=Threads.*:EngineRunner*:*Refusal*:TensorRT.*-*AutoTakes*"
-    shown = passed([built / "bca_tests", chosen], BCA_ORT_LIBRARY=str(built / "libfake_ort.so"))
-    assert "[  PASSED  ]" in shown
+    done, _ = native.sanitized([built / "bca_tests", chosen], BCA_ORT_LIBRARY=str(built / "libfake_ort.so"))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert "[  PASSED  ]" in done.stdout
     # The real one is not instrumented, so what happens inside it cannot be judged.
-    shown = passed([built / "bca_tests", "--gtest_filter=Threads.*"], TSAN_OPTIONS="ignore_noninstrumented_modules=1")
-    assert "[  PASSED  ] 2 tests." in shown
+    real = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1"}
+    done, _ = native.sanitized([built / "bca_tests", "--gtest_filter=Threads.*"], **real)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert "[  PASSED  ] 2 tests." in done.stdout
+
+
+#: As many inputs on every machine, in whatever time it takes them.
+RUNS = 100_000
 
 
 @needs_clang
-def test_a_minute_of_fuzzing_finds_no_crash(release: Path, tmp_path: Path) -> None:
+def test_fuzzing_finds_no_crash(release: Path, tmp_path: Path) -> None:
     built = native.build("address") / "tests"
     seeds = {"manifest": [FIXTURE / "manifest.json"], "npy": list(FIXTURE.glob("*.npz"))}
 
-    def fuzz(target: str) -> str:
+    def fuzz(target: str) -> bool:
         corpus = tmp_path / target
         corpus.mkdir()
         for seed in seeds[target]:
             shutil.copy(seed, corpus)
-        done = native.run([built / f"fuzz_{target}", "-max_total_time=30", "-rss_limit_mb=2048", corpus], tmp_path)
+        done, leaks = native.sanitized([built / f"fuzz_{target}", f"-runs={RUNS}", "-rss_limit_mb=2048", corpus], tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
-        return done.stderr
+        assert f"Done {RUNS} runs in" in done.stderr
+        return leaks
 
     with ThreadPoolExecutor() as pool:
-        for shown in pool.map(fuzz, seeds):
-            found = re.search(r"Done (\d+) runs in", shown)
-            assert found
-            assert int(found[1]) > 10_000
+        if not all(list(pool.map(fuzz, seeds))):
+            pytest.skip(NO_LEAK_CHECK)
 
 
 # The same as Python.
@@ -135,9 +151,7 @@ def test_a_minute_of_fuzzing_finds_no_crash(release: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_outputs_are_the_python_sessions_bit_for_bit(
-    bca_run: Path, exported: Bundle, tmp_path: Path, precision: Any, threads: int
-) -> None:
+def test_outputs_are_the_python_sessions(bca_run: Path, exported: Bundle, tmp_path: Path, precision: Any, threads: int) -> None:
     with bca_deploy.open(exported.directory, "onnxruntime-cpu", precision=precision, threads=threads) as session:
         for number, (shape, masked) in enumerate(
             [((1, 1, 1), True), ((2, 7, 5), False), ((3, 40, 33), True), ((1, 64, 64), True)]
@@ -150,9 +164,7 @@ def test_outputs_are_the_python_sessions_bit_for_bit(
             command: list[str | Path] = [bca_run, exported.directory, *save(here, given), *flags, "--cast"]
             passed([*command, "--precision", precision, "--threads", str(threads), "--backend", "onnxruntime-cpu"])
             for name, array in wanted.items():
-                got = np.load(here / f"{name}-out.npy")
-                assert got.dtype == array.dtype
-                assert np.array_equal(got, array)
+                assert is_same(np.load(here / f"{name}-out.npy"), array, precision)
 
 
 def test_the_same_binary_runs_on_an_older_onnxruntime(bca_run: Path, exported: Bundle) -> None:
@@ -317,7 +329,7 @@ def test_ctypes_runs_a_bundle_through_the_c_interface(library: ctypes.CDLL, open
     assert library.bca_run(opened, tensors(given), 4, tensors(outputs), 2, None) == 0, library.bca_last_error()
     with bca_deploy.open(exported.directory, threads=1) as session:
         wanted = session.run(given)
-    assert all(np.array_equal(outputs[name], wanted[name]) for name in outputs)
+    assert all(is_same(outputs[name], wanted[name]) for name in outputs)
     assert library.bca_selftest(opened) == 0
     described = json.loads(library.bca_describe(opened))
     assert described["backend"] == "onnxruntime-cpu"
@@ -534,12 +546,6 @@ def test_the_library_is_small_and_shows_only_its_interface(release: Path, tmp_pa
     assert [name for name in names if "nlohmann" in name or "Contract" in name or "Runner" in name] == []
 
 
-def test_a_bundle_opens_in_less_than_100_ms(bca_run: Path, exported: Bundle) -> None:
-    command: list[str | Path] = [bca_run, exported.directory, "--bench", "--repeat", "1", "--shape", "1x2x2"]
-    opened = [json.loads(passed(command))["open_ms"] for _ in range(20)]
-    assert min(opened) < 100  # the others may have had to wait for this machine
-
-
 # The gRPC server, called by the public client.
 
 grpcclient = pytest.importorskip("tritonclient.grpc")
@@ -550,9 +556,10 @@ grpc = pytest.importorskip("grpc")
 def server(release: Path) -> Iterator[Any]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(*flags: str, bundle: Path = FIXTURE) -> tuple[Any, subprocess.Popen[str]]:
+    def start(*flags: str, bundle: Path = FIXTURE, **more: str) -> tuple[Any, subprocess.Popen[str]]:
         command = [release / "examples" / "grpc_server", bundle, "--address", "127.0.0.1:0", *flags]
-        process = subprocess.Popen(command, env=native.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment, pipes = native.environment(**more), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)
         started.append(process)
         assert process.stdout
         line = process.stdout.readline()
@@ -589,7 +596,7 @@ def test_the_server_answers_the_public_client(server: Any) -> None:
             got = client.infer("model", request(given), request_id="seven")
             assert got.get_response().id == "seven"
             for name, array in session.run(given).items():
-                assert np.array_equal(got.as_numpy(name), array)
+                assert is_same(got.as_numpy(name), array)
         only = client.infer("model", request(given), outputs=[grpcclient.InferRequestedOutput("context_out")])
         assert only.as_numpy("out") is None
         assert only.as_numpy("context_out").shape == (2, 7, 6)
@@ -606,7 +613,8 @@ def test_the_server_takes_elements_in_the_message_too(server: Any) -> None:
         (tensor.contents.bool_contents if array.dtype == bool else tensor.contents.fp32_contents).extend(array.ravel().tolist())
     answer = service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelInfer(message)
     got = client.infer("model", request(given))
-    assert answer.raw_output_contents[0] == got.as_numpy("out").tobytes()
+    out = got.as_numpy("out")
+    assert is_same(np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(out.shape), out)
 
 
 def refusal(call: Any) -> tuple[str, str]:
@@ -670,53 +678,69 @@ def test_messages_over_the_limit_are_refused(server: Any) -> None:
 
 
 @pytest.fixture
-def slow_request(exported: Bundle) -> list[Any]:
-    """Takes the exported bundle's model about half a second on one thread."""
-    return request({name: np.zeros((8, 2048, dim), np.float32) for name, dim in (("x", 24), ("context", 16))})
+def held(server: Any, release: Path, tmp_path: Path) -> Held:
+    return Held(server, release, tmp_path)
 
 
-def test_a_request_waits_for_a_place_no_longer_than_the_servers_limit_or_its_own(
-    server: Any, exported: Bundle, slow_request: list[Any]
-) -> None:
-    client, _ = server("--concurrency", "1", "--time-limit-ms", "50", "--threads", "1", bundle=exported.directory)
-    quick = request(inputs(1, 2, 3))
-    with ThreadPoolExecutor() as pool:
-        slow = pool.submit(client.infer, "model", slow_request)
-        time.sleep(0.05)  # it is at work now
-        code, message = refusal(lambda: client.infer("model", quick))
+SMALL = {"batch": 1, "x_len": 2, "context_len": 3, "dims": (8, 6)}
+
+
+def answered(call: "Future[Any]") -> bool:
+    return call.result().as_numpy("out").shape == (1, 2, 8)
+
+
+def test_a_request_waits_for_a_place_no_longer_than_the_servers_limit_or_its_own(held: Held) -> None:
+    client, _ = held.serve("--concurrency", "1", "--time-limit-ms", "50")
+    given = request(inputs(**SMALL))
+    with ThreadPoolExecutor() as pool, held:
+        slow = pool.submit(client.infer, "model", given)
+        held.at_work(1)
+        code, message = refusal(lambda: client.infer("model", given))
         assert (code, message) == ("StatusCode.DEADLINE_EXCEEDED", "no place became free in time; try again later")
+        assert refusal(lambda: client.infer("model", given, client_timeout=0.02))[0] == "StatusCode.DEADLINE_EXCEEDED"
         assert not slow.done()
-        assert refusal(lambda: client.infer("model", quick, client_timeout=0.02))[0] == "StatusCode.DEADLINE_EXCEEDED"
-        assert slow.result().as_numpy("out").shape == (8, 2048, 24)  # the time limit is for waiting
-    assert client.infer("model", quick).as_numpy("out").shape == (1, 2, 24)
+    assert answered(slow)  # the time limit is for waiting
+    assert client.infer("model", given).as_numpy("out").shape == (1, 2, 8)
 
 
-def test_only_so_many_requests_wait(server: Any, exported: Bundle, slow_request: list[Any]) -> None:
-    client, _ = server("--concurrency", "1", "--queue", "1", "--threads", "1", bundle=exported.directory)
-    with ThreadPoolExecutor() as pool:
-        two = [pool.submit(client.infer, "model", slow_request) for _ in range(2)]
-        time.sleep(0.2)  # one is at work, one waits
-        code, message = refusal(lambda: client.infer("model", request(inputs(1, 2, 3))))
+def test_only_so_many_requests_wait(held: Held) -> None:
+    client, _ = held.serve("--concurrency", "1", "--queue", "1", "--time-limit-ms", PATIENT_MS)
+    given = request(inputs(**SMALL))
+    with ThreadPoolExecutor() as pool, held:
+        calls = [pool.submit(client.infer, "model", given)]
+        held.at_work(1)
+        calls += [pool.submit(client.infer, "model", given) for _ in range(2)]  # one of them waits, whichever it is
+        (third,), two = wait(calls, PATIENCE_S, FIRST_COMPLETED)
+        code, message = refusal(third.result)
         assert (code, message) == ("StatusCode.RESOURCE_EXHAUSTED", "1 requests are waiting already; try again later")
-        assert all(answer.result().as_numpy("out").shape == (8, 2048, 24) for answer in two)
+    assert all(answered(call) for call in two)
 
 
-def test_a_stop_lets_requests_at_work_end_refuses_new_ones_and_leaves_with_0(
-    server: Any, exported: Bundle, slow_request: list[Any]
-) -> None:
-    client, process = server("--concurrency", "2", "--threads", "1", bundle=exported.directory)
-    with ThreadPoolExecutor() as pool:
-        slow = [pool.submit(client.infer, "model", slow_request) for _ in range(2)]
-        time.sleep(0.1)  # both are at work now
+def test_a_stop_lets_requests_at_work_end_refuses_new_ones_and_leaves_with_0(held: Held) -> None:
+    client, process = held.serve("--concurrency", "2", "--grace-ms", PATIENT_MS)
+    given = request(inputs(**SMALL))
+    with ThreadPoolExecutor() as pool, held:
+        slow = [pool.submit(client.infer, "model", given) for _ in range(2)]
+        held.at_work(2)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        assert not client.is_server_ready()
-        refused = refusal(lambda: client.infer("model", request(inputs(1, 2, 3))))
+        until(lambda: not client.is_server_ready())
+        refused = refusal(lambda: client.infer("model", given))
         assert refused == ("StatusCode.UNAVAILABLE", "the server is stopping; ask another")
-        assert all(answer.result().as_numpy("out").shape == (8, 2048, 24) for answer in slow)
-    assert process.wait(15) == 0
+        assert not any(call.done() for call in slow)
+    assert all(answered(call) for call in slow)
+    assert process.wait(PATIENCE_S) == 0
     assert process.stdout
     assert process.stdout.read() == "stopped\n"
+
+
+def test_a_stop_waits_no_longer_than_its_limit(held: Held) -> None:
+    client, process = held.serve("--concurrency", "1", "--grace-ms", "1")
+    with ThreadPoolExecutor() as pool, held:
+        slow = pool.submit(client.infer, "model", request(inputs(**SMALL)))
+        held.at_work(1)
+        process.send_signal(signal.SIGTERM)
+        assert refusal(slow.result)[0] in ("StatusCode.CANCELLED", "StatusCode.UNAVAILABLE")
+    assert process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(

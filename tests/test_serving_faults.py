@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from servers import BCA, Server, bca_serve, free_ports, until
+from servers import BCA, PATIENCE_S, Server, bca_serve, free_ports, held, holding, until
 from test_serving import INFER, metrics, request
 from test_session import make
 from tritonclient.grpc import service_pb2 as pb
@@ -29,23 +28,30 @@ from bca_deploy.errors import BcaError, ServerError
 
 
 @pytest.fixture(scope="module")
-def slow_request() -> dict[str, np.ndarray]:
-    """The largest that the bundle takes: some tenths of a second."""
+def large_request() -> dict[str, np.ndarray]:
+    """The largest that the bundle takes."""
     return make(8, 2048, 2048)
 
 
 @pytest.fixture(scope="module")
 def narrow(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One request at a time, and one may wait."""
+    """One request in a batch, two batches at once, and one request may wait; it can be held."""
     log = tmp_path_factory.mktemp("narrow") / "log"
-    with bca_serve(exported.directory, log, "--max-batch", "1", "--max-queue", "1") as server:
+    with bca_serve(exported.directory, log, "--max-batch", "1", "--max-queue", "1", program=held(log)) as server:
         yield server
 
 
-def test_overload_is_refused_with_429_and_the_server_recovers(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
-    body, headers = request(slow_request)
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: narrow.post(INFER, content=body, headers=headers), range(8)))
+def all_but_three(calls: "list[Future[Any]]") -> bool:
+    """Whether the narrow server has answered all requests that it has no place for."""
+    return sum(call.done() for call in calls) >= len(calls) - 3
+
+
+def test_overload_is_refused_with_429_and_the_server_recovers(narrow: Server) -> None:
+    body, headers = request(make(1, 4, 3))
+    with ThreadPoolExecutor(8) as pool, holding(narrow):
+        calls = [pool.submit(narrow.post, INFER, content=body, headers=headers) for _ in range(8)]
+        until(lambda: all_but_three(calls))
+    answers = [call.result() for call in calls]
     statuses = sorted(answer.status_code for answer in answers)
     assert set(statuses) == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
@@ -55,83 +61,93 @@ def test_overload_is_refused_with_429_and_the_server_recovers(narrow: Server, sl
     assert narrow.post(INFER, content=body, headers=headers).status_code == 200
 
 
-def test_overload_over_grpc_is_resource_exhausted(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
-    with RemoteSession(f"grpc://{narrow.grpc}") as remote, ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(remote.run, slow_request) for _ in range(8)]
+def test_overload_over_grpc_is_resource_exhausted(narrow: Server) -> None:
+    with RemoteSession(f"grpc://{narrow.grpc}", deadline_s=PATIENCE_S) as remote:
+        with ThreadPoolExecutor(8) as pool, holding(narrow):
+            calls = [pool.submit(remote.run, make(1, 4, 3)) for _ in range(8)]
+            until(lambda: all_but_three(calls))
         errors = [error for call in calls if (error := call.exception()) is not None]
-        assert 0 < len(errors) < 8
+        assert 5 <= len(errors) < 8
         for error in errors:
             assert isinstance(error, ServerError)
             assert "the server is busy" in str(error)
-        assert len(remote.run(slow_request)) == 2
+        assert len(remote.run(make(1, 4, 3))) == 2
 
 
-def test_a_request_that_does_not_get_its_turn_in_time_is_given_up(
-    exported: Bundle, slow_request: dict[str, np.ndarray], tmp_path: Path
-) -> None:
-    body, headers = request(slow_request)
+def test_a_request_that_does_not_get_its_turn_in_time_is_given_up(exported: Bundle, tmp_path: Path) -> None:
+    body, headers = request(make(1, 4, 3))
+    options = ("--deadline-s", "1", "--max-batch", "1")
     with (
-        bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "0.05", "--max-batch", "1") as server,
-        RemoteSession(f"grpc://{server.grpc}") as remote,
-        ThreadPoolExecutor(4) as pool,
+        bca_serve(exported.directory, tmp_path / "log", *options, program=held(tmp_path / "log")) as server,
+        RemoteSession(f"grpc://{server.grpc}", deadline_s=PATIENCE_S) as remote,
     ):
 
-        def statuses() -> list[int]:
-            calls = [pool.submit(server.post, INFER, content=body, headers=headers) for _ in range(4)]
-            return [call.result().status_code for call in calls]
+        def late() -> bool:  # on a busy machine it may be refused for the body's arrival instead
+            return server.post(INFER, content=body, headers=headers).status_code == 504
 
-        def errors() -> str:
-            calls = [pool.submit(remote.run, slow_request) for _ in range(4)]
-            return " ".join(str(call.exception()) for call in calls)
-
-        # Whoever comes late on a busy machine is refused for the body's arrival, and on a fast one the first is answered.
-        until(lambda: 504 in statuses())
-        until(lambda: "not answered before the server's deadline" in errors())
-        until(lambda: metrics(server)["bca_queue_depth"] == 0)
-        until(lambda: len(quietly(remote, make(1, 4, 3))) == 2)
+        with holding(server):
+            for _ in range(3):  # two of them at work, as far as the server goes
+                until(late)
+            until(lambda: "not answered before the server's deadline" in refusal(remote))
+            until(lambda: metrics(server)["bca_queue_depth"] == 0)
+        until(lambda: refusal(remote) == "")
 
 
-def quietly(remote: RemoteSession, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+def refusal(remote: RemoteSession) -> str:
+    """What the server says to a request, nothing where it answers."""
     try:
-        return remote.run(inputs)
-    except ServerError:
-        return {}
+        remote.run(make(1, 4, 3))
+    except ServerError as error:
+        return str(error)
+    return ""
 
 
-def test_the_clients_own_deadline_holds(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
-    with RemoteSession(f"grpc://{narrow.grpc}", deadline_s=0.02) as impatient, RemoteSession(f"grpc://{narrow.grpc}") as remote:
-        assert impatient.inputs == remote.inputs
-        with pytest.raises(ServerError, match=r"no answer within 0\.02 s .*; raise deadline_s"):
-            impatient.run(slow_request)
-        until(lambda: len(quietly(remote, slow_request)) == 2)
+def test_the_clients_own_deadline_holds(narrow: Server) -> None:
+    with RemoteSession(f"grpc://{narrow.grpc}", deadline_s=0.5) as impatient:
+        until(lambda: refusal(impatient) == "")  # it is connected
+        with holding(narrow):
+            assert re.search(r"no answer within 0\.5 s .*; raise deadline_s", refusal(impatient))
+        until(lambda: refusal(impatient) == "")
 
 
 def connected(server: Server) -> socket.socket:
     host, port = server.http.rsplit(":", 1)
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
 def head(length: int) -> bytes:
     return f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def test_a_client_that_sends_slowly_is_cut_off_and_blocks_nobody(exported: Bundle, tmp_path: Path) -> None:
-    with bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "3") as server:
+def begun(server: Server, stack: contextlib.ExitStack) -> socket.socket:
+    """A request whose body does not come."""
+    client = stack.enter_context(connected(server))
+    client.sendall(head(1000) + b'{"inp')
+    return client
+
+
+def test_clients_that_send_slowly_block_nobody(served: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        slow = [begun(served, stack) for _ in range(20)]
+        body, headers = request(make(1, 4, 3))
+        assert served.post(INFER, content=body, headers=headers).status_code == 200
+        for client in slow:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):  # the server still waits for this one
+                client.recv(1)
+
+
+def test_a_client_that_sends_slowly_is_cut_off(exported: Bundle, tmp_path: Path) -> None:
+    with bca_serve(exported.directory, tmp_path / "log", "--deadline-s", "1") as server:
         with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(connected(server)) for _ in range(20)]
-            for client in slow:
-                client.sendall(head(1000) + b'{"inp')
-            body, headers = request(make(1, 4, 3))
-            began = time.monotonic()
-            assert server.post(INFER, content=body, headers=headers).status_code == 200
-            assert time.monotonic() - began < 2.5, "it had to wait for the slow ones"
-            for client in slow:
+            for client in [begun(server, stack) for _ in range(20)]:
                 assert b" 408 " in client.recv(100).split(b"\r\n")[0]
-        assert server.post(INFER, content=body, headers=headers).status_code == 200
+        body, headers = request(make(1, 4, 3))
+        until(lambda: server.post(INFER, content=body, headers=headers).status_code == 200)
 
 
-def test_a_client_that_reads_slowly_blocks_nobody(served: Server, slow_request: dict[str, np.ndarray]) -> None:
-    body, headers = request(slow_request)
+def test_a_client_that_reads_slowly_blocks_nobody(served: Server, large_request: dict[str, np.ndarray]) -> None:
+    body, headers = request(large_request)
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with contextlib.ExitStack() as stack:
         for _ in range(4):
@@ -156,18 +172,21 @@ def test_a_body_that_breaks_off_is_no_request_and_the_next_one_works(served: Ser
     assert "Traceback" not in served.log.read_text(encoding="utf-8")
 
 
-def test_a_rest_client_that_goes_away_gives_up_its_place(narrow: Server, slow_request: dict[str, np.ndarray]) -> None:
-    body, headers = request(slow_request)
+def test_a_rest_client_that_goes_away_gives_up_its_place(narrow: Server) -> None:
+    body, headers = request(make(1, 4, 3))
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     sent = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    with ThreadPoolExecutor(2) as pool:
-        busy = [pool.submit(narrow.post, INFER, content=body, headers=headers) for _ in range(2)]  # both lanes
-        until(lambda: metrics(narrow)["bca_queue_depth"] == 0 and not all(call.done() for call in busy))
+    with ThreadPoolExecutor(2) as pool, holding(narrow):
+        before, busy = arrived(narrow), []
+        for count in (1, 2):  # both lanes, one after the other: there is one place to wait
+            busy.append(pool.submit(narrow.post, INFER, content=body, headers=headers))
+            until(lambda count=count: metrics(narrow)["bca_batch_size_sum"] == before + count)
         with connected(narrow) as client:
             client.sendall(sent)
-            until(lambda: metrics(narrow)["bca_queue_depth"] == 1 or all(call.done() for call in busy))
+            until(lambda: metrics(narrow)["bca_queue_depth"] == 1)
         until(lambda: " 499 " in narrow.log.read_text(encoding="utf-8"))
-    assert metrics(narrow)["bca_queue_depth"] == 0
+        assert metrics(narrow)["bca_queue_depth"] == 0
+    assert [call.result().status_code for call in busy] == [200, 200]
 
 
 def test_refused_grpc_requests_are_let_go(attacked: Server) -> None:
@@ -184,7 +203,7 @@ def test_refused_grpc_requests_are_let_go(attacked: Server) -> None:
 def in_flight(server: Server, inputs: dict[str, np.ndarray], pool: ThreadPoolExecutor) -> "tuple[Future[Any], Future[Any]]":
     """The server's first REST and gRPC requests; the model works on them, or they wait for it."""
     body, headers = request(inputs)
-    remote = RemoteSession(f"grpc://{server.grpc}")
+    remote = RemoteSession(f"grpc://{server.grpc}", deadline_s=PATIENCE_S)
     assert remote.inputs  # the connection is there
     calls = pool.submit(server.post, INFER, content=body, headers=headers), pool.submit(remote.run, inputs)
     until(lambda: arrived(server) == 2)
@@ -216,26 +235,23 @@ def test_a_model_that_fails_is_500_with_the_reason_in_the_log_alone(exported: Bu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_what_is_in_flight_and_ends_well(
-    exported: Bundle, slow_request: dict[str, np.ndarray], tmp_path: Path, number: int
-) -> None:
-    with bca_serve(exported.directory, tmp_path / "log") as server, ThreadPoolExecutor(2) as pool:
-        rest, remote = in_flight(server, slow_request, pool)
-        server.process.send_signal(number)
-        assert server.process.wait(30) == 0
+def test_a_signal_finishes_what_is_in_flight_and_ends_well(exported: Bundle, tmp_path: Path, number: int) -> None:
+    log = tmp_path / "log"
+    with bca_serve(exported.directory, log, program=held(log)) as server, ThreadPoolExecutor(2) as pool:
+        with holding(server):
+            rest, remote = in_flight(server, make(1, 4, 3), pool)
+            server.process.send_signal(number)
+            until(lambda: "stopping: no new requests are taken" in log.read_text(encoding="utf-8"))
+        assert server.process.wait(PATIENCE_S) == 0
         assert rest.result().status_code == 200
         assert len(remote.result()) == 2
-        log = server.log.read_text(encoding="utf-8")
-        assert "stopping: no new requests are taken" in log
-        assert "Traceback" not in log
+        assert "Traceback" not in log.read_text(encoding="utf-8")
         with pytest.raises(httpx.ConnectError):
             server.get("/v2/health/live")
 
 
 @pytest.mark.slow
 def test_a_kill_under_load_is_a_clear_error_at_the_client_and_a_restart_serves_again(exported: Bundle, tmp_path: Path) -> None:
-    http, rpc = free_ports(2)
-    options = ("--http-port", str(http), "--grpc-port", str(rpc))
     inputs, errors, done = make(1, 64, 64), list[Exception](), threading.Event()
     answered = 0
 
@@ -249,11 +265,13 @@ def test_a_kill_under_load_is_a_clear_error_at_the_client_and_a_restart_serves_a
                 errors.append(error)
 
     with (
-        RemoteSession(f"grpc://127.0.0.1:{rpc}", deadline_s=5, attempts=2) as remote,
+        free_ports(2) as (http, rpc),
+        RemoteSession(f"grpc://127.0.0.1:{rpc}", deadline_s=PATIENCE_S, attempts=2) as remote,
         ThreadPoolExecutor(4) as pool,
         contextlib.ExitStack() as stop,
     ):
         stop.callback(done.set)
+        options = ("--http-port", str(http), "--grpc-port", str(rpc))
         with bca_serve(exported.directory, tmp_path / "log", *options) as server:
             assert remote.inputs
             for _ in range(4):
@@ -376,7 +394,7 @@ ATTACK = settings(
 
 @pytest.mark.slow
 def test_five_hundred_malformed_rest_requests_are_refused_and_leave_nothing_behind(attacked: Server) -> None:
-    with httpx.Client(base_url=f"http://{attacked.http}", timeout=30) as client:
+    with httpx.Client(base_url=f"http://{attacked.http}", timeout=PATIENCE_S) as client:
 
         def send(sent: tuple[bytes, str | None]) -> None:
             headers = {} if sent[1] is None else {"Inference-Header-Content-Length": sent[1]}
@@ -400,7 +418,7 @@ def test_five_hundred_malformed_grpc_requests_are_refused_and_leave_nothing_behi
 
 def status(call: Any, sent: bytes) -> str:
     try:
-        call(sent, timeout=30)
+        call(sent, timeout=PATIENCE_S)
     except grpc.RpcError as error:
         return str(error.code().name)
     return "OK"

@@ -15,6 +15,8 @@ import torch
 from conftest import make_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounding import assert_same, is_same
+from servers import PATIENCE_S
 from test_bundle import HEAVY, run_without
 from typer.testing import CliRunner
 
@@ -72,15 +74,14 @@ def test_by_position_by_name_and_by_mapping_are_the_same(session: Session) -> No
     by_name, by_place = session(**inputs), session(*inputs.values())
     by_mapping = session.run(inputs)
     assert list(by_mapping) == ["out", "context_out"]
-    for a, b, c in zip(by_name, by_place, by_mapping.values(), strict=True):
-        assert np.array_equal(a, b)
-        assert np.array_equal(a, c)
+    assert_same(by_place, by_name)
+    assert_same(by_mapping.values(), by_name)
 
 
 def test_masks_left_out_are_all_true(session: Session) -> None:
     inputs = make(2, 5, 3, masked=False)
     full = inputs | {"mask": np.ones((2, 5), bool), "context_mask": np.ones((2, 3), bool)}
-    assert all(np.array_equal(a, b) for a, b in zip(session(**inputs), session(**full), strict=True))
+    assert_same(session(**inputs), session(**full))
 
 
 def test_torch_in_torch_out_and_numpy_in_numpy_out(session: Session) -> None:
@@ -89,7 +90,7 @@ def test_torch_in_torch_out_and_numpy_in_numpy_out(session: Session) -> None:
     out, context_out = session(**tensors)
     assert isinstance(out, torch.Tensor)
     assert isinstance(context_out, torch.Tensor)
-    assert np.array_equal(out.numpy(), session(**inputs)[0])
+    assert is_same(out, session(**inputs)[0])
 
 
 def test_inputs_that_track_gradients_are_taken_without_them(session: Session) -> None:
@@ -108,7 +109,7 @@ def test_bfloat16_of_torch_comes_in_and_goes_out_bit_by_bit(session: Session) ->
     assert returned is not None
     assert torch.equal(returned(array), x)
     context = torch.randn(1, 2, 16)
-    assert torch.equal(session(x, context, cast=True)[0], session(x.float(), context)[0])
+    assert_same(session(x, context, cast=True), session(x.float(), context))
 
 
 def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
@@ -127,13 +128,13 @@ def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
     inputs = make(2, 5, 3, masked=False)
     foreign = Foreign(inputs["x"])
     assert np.shares_memory(as_array("x", foreign), inputs["x"])
-    assert np.array_equal(session(foreign, inputs["context"])[0], session(**inputs)[0])
+    assert_same(session(foreign, inputs["context"]), session(**inputs))
 
 
 def test_views_that_are_not_contiguous_give_the_same(session: Session) -> None:
     inputs = make(2, 5, 3)
     turned = {n: np.asfortranarray(a) for n, a in inputs.items()}
-    assert all(np.array_equal(a, b) for a, b in zip(session(**inputs), session(**turned), strict=True))
+    assert_same(session(**turned), session(**inputs))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_run_into_writes_into_the_callers_arrays(session: Session) -> None:
     inputs = make(2, 5, 3)
     outputs = {"out": np.full((2, 5, 24), np.nan, np.float32), "context_out": np.full((2, 3, 16), np.nan, np.float32)}
     session.run_into(inputs, outputs)
-    assert all(np.array_equal(a, b) for a, b in zip(outputs.values(), session(**inputs), strict=True))
+    assert_same(outputs.values(), session(**inputs))
 
 
 @pytest.mark.parametrize(
@@ -178,14 +179,13 @@ def test_sixteen_threads_of_different_shapes_never_mix_results(session: Session)
     wanted = [session(**inputs) for inputs in requests]
     barrier = threading.Barrier(16)
 
-    def work(index: int) -> bool:
+    def work(index: int) -> None:
         barrier.wait()
-        return all(
-            all(np.array_equal(a, b) for a, b in zip(session(**requests[index]), wanted[index], strict=True)) for _ in range(30)
-        )
+        for _ in range(30):
+            assert_same(session(**requests[index]), wanted[index])
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(work, range(16)))
+        list(pool.map(work, range(16)))
 
 
 def test_async_calls_run_side_by_side_and_come_back_in_order(session: Session) -> None:
@@ -195,7 +195,7 @@ def test_async_calls_run_side_by_side_and_come_back_in_order(session: Session) -
         return await asyncio.gather(*(session.run_async(**inputs) for inputs in requests))
 
     for got, inputs in zip(asyncio.run(all_of_them()), requests, strict=True):
-        assert np.array_equal(got[0], session(**inputs)[0])
+        assert_same(got, session(**inputs))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -259,16 +259,17 @@ def test_closing_finishes_what_was_accepted_and_calls_under_way_end_well(exporte
 
     def slowly(given: Any) -> Any:
         entered.set()
-        go.wait(5)
+        go.wait(PATIENCE_S)
         return run(given)
 
     session._backend.run = slowly  # type: ignore[method-assign]
 
     async def many() -> list[Any]:
         calls = [asyncio.ensure_future(session.run_async(**inputs)) for _ in range(5)]
-        await asyncio.to_thread(entered.wait, 5)
+        await asyncio.to_thread(entered.wait, PATIENCE_S)
         closing = asyncio.create_task(asyncio.to_thread(session.close))
-        await asyncio.sleep(0.05)
+        while not session._closed:
+            await asyncio.sleep(0.001)
         go.set()
         await closing
         return await asyncio.gather(*calls)
@@ -276,7 +277,8 @@ def test_closing_finishes_what_was_accepted_and_calls_under_way_end_well(exporte
     found = asyncio.run(many())
     with bca_deploy.open(exported.directory) as other:
         wanted = other(**inputs)
-    assert all(np.array_equal(a, b) for outputs in found for a, b in zip(outputs, wanted, strict=True))
+    for outputs in found:
+        assert_same(outputs, wanted)
 
 
 @pytest.mark.parametrize("method", ["run", "run_alone"])
@@ -311,7 +313,7 @@ def test_many_threads_calling_while_the_session_closes_get_results_or_that_it_is
             session.close()
             for found in (call.result() for call in calls):
                 wanted = found if wanted is None else wanted
-                assert found is None or np.array_equal(found[0], wanted[0])
+                assert found is None or is_same(found[0], wanted[0])
     assert set(refused) <= {"the session is closed; open the bundle again"}
 
 
@@ -359,7 +361,7 @@ def test_an_unknown_policy_is_refused(session: Session) -> None:
 def test_pairs_may_come_from_generators_and_torch_goes_out_again(session: Session) -> None:
     inputs = [torch.from_numpy(array) for array in make(1, 3, 4).values()]
     ((out, _),) = session.run_many(iter([iter(inputs)]))
-    assert torch.equal(out, session(*inputs)[0])
+    assert is_same(out, session(*inputs)[0])
 
 
 def test_run_many_takes_one_thread_where_another_has_taken_the_rest(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +372,7 @@ def test_run_many_takes_one_thread_where_another_has_taken_the_rest(exported: Bu
         def on_all(inputs: Any) -> Any:
             how.append("all")
             entered.set()
-            assert gate.wait(10)
+            assert gate.wait(PATIENCE_S)
             return run(inputs)
 
         def on_one(inputs: Any) -> Any:
@@ -380,7 +382,7 @@ def test_run_many_takes_one_thread_where_another_has_taken_the_rest(exported: Bu
         monkeypatch.setattr(session._backend, "run", on_all)
         monkeypatch.setattr(session._backend, "run_alone", on_one)
         first = pool.submit(session.run_many, pairs)
-        assert entered.wait(10)
+        assert entered.wait(PATIENCE_S)
         session.run_many(pairs)
         gate.set()
         first.result()
@@ -391,11 +393,11 @@ def test_run_many_takes_one_thread_where_another_has_taken_the_rest(exported: Bu
 def test_run_many_does_not_wait_behind_what_it_did_not_need(exported: Bundle) -> None:
     with bca_deploy.open(exported.directory, threads=2) as session:
         free = threading.Event()
-        session._executor().submit(free.wait, 20)
-        session._executor().submit(free.wait, 20)
+        taken = [session._executor().submit(free.wait, PATIENCE_S) for _ in range(2)]
         try:
             pairs = [tuple(make(1, 3, 4, seed).values()) for seed in range(6)]
             assert len(session.run_many(pairs)) == 6  # both threads are taken, so the caller does it all
+            assert not any(future.done() for future in taken)
         finally:
             free.set()
 
@@ -525,7 +527,7 @@ def test_bca_run_reads_npy_and_npz_and_writes_the_outputs(exported: Bundle, sess
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["outputs"]["out"] == {"shape": [2, 5, 24], "dtype": "float32"}
     with np.load(out) as arrays:
-        assert np.array_equal(arrays["out"], session(**inputs)[0])
+        assert is_same(arrays["out"], session(**inputs)[0])
     again = bca(*arguments)
     assert again.exit_code == 2
     assert "exists; use --force to replace it" in again.stderr

@@ -1,11 +1,11 @@
 // A server of the Open Inference Protocol over gRPC on the library: one bundle, one model, many clients at once.
 //
 //   grpc_server BUNDLE [--name model] [--address 127.0.0.1:8001] [--max-message-mb 64] [--concurrency 2] [--queue 64]
-//               [--time-limit-ms 10000] [--threads N]
+//               [--time-limit-ms 10000] [--grace-ms 10000] [--threads N]
 //
 // A request waits for one of `concurrency` places, at most its own deadline and the server's time limit; a full queue is told
-// so at once. After SIGTERM or SIGINT the server is not ready, answers new requests with UNAVAILABLE for half a second, and lets
-// those at work end, for ten seconds at most.
+// so at once. After SIGTERM or SIGINT the server is not ready and lets those at work end, for `grace-ms` at most; meanwhile, and
+// for half a second more, it answers new ones with UNAVAILABLE.
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
@@ -33,13 +33,13 @@ constexpr int kMost = 1'000'000'000, kMostMegabytes = 2047;  // a message's size
 
 struct Settings {
   std::string bundle, name = "model", address = "127.0.0.1:8001";
-  int max_message_mb = 64, concurrency = 2, queue = 64, time_limit_ms = 10'000, threads = 0;
+  int max_message_mb = 64, concurrency = 2, queue = 64, time_limit_ms = 10'000, grace_ms = 10'000, threads = 0;
 };
 
 /// A bounded number of requests at work, and a bounded number waiting.
 class Places {
  public:
-  Places(int free, int most_waiting) : free_(free), most_waiting_(most_waiting) {}
+  Places(int all, int most_waiting) : all_(all), free_(all), most_waiting_(most_waiting) {}
 
   /// OK with a place taken, or why there is none.
   Status take(Clock::time_point until) {
@@ -48,8 +48,9 @@ class Places {
       return {StatusCode::RESOURCE_EXHAUSTED, std::to_string(waiting_) + " requests are waiting already; try again later"};
     }
     ++waiting_;
-    const bool found = given_.wait_until(lock, until, [this] { return free_ > 0; });
+    const bool found = changed_.wait_until(lock, until, [this] { return free_ > 0; });
     --waiting_;
+    changed_.notify_all();
     if (!found) return {StatusCode::DEADLINE_EXCEEDED, "no place became free in time; try again later"};
     --free_;
     return Status::OK;
@@ -57,12 +58,18 @@ class Places {
   void give() {
     const std::lock_guard lock(mutex_);
     ++free_;
-    given_.notify_one();
+    changed_.notify_all();
+  }
+  /// Returns when nobody is at work or waits, or then.
+  void wait_until_left(Clock::time_point until) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_until(lock, until, [this] { return free_ == all_ && waiting_ == 0; });
   }
 
  private:
   std::mutex mutex_;
-  std::condition_variable given_;
+  std::condition_variable changed_;
+  const int all_;
   int free_, waiting_ = 0;
   const int most_waiting_;
 };
@@ -132,7 +139,11 @@ class Service final : public inference::GRPCInferenceService::Service {
   Service(bca::Session session, const Settings& settings)
       : session_(std::move(session)), settings_(settings), places_(settings.concurrency, settings.queue) {}
 
-  void stop() { ready_ = false; }
+  /// Takes no more requests; returns when those it has are done, or then.
+  void stop(Clock::time_point until) {
+    ready_ = false;
+    places_.wait_until_left(until);
+  }
 
   Status ServerLive(grpc::ServerContext*, const inference::ServerLiveRequest*, inference::ServerLiveResponse* response) override {
     response->set_live(true);
@@ -246,7 +257,7 @@ Settings settings_from(const std::vector<std::string>& words) {
   Settings all;
   std::map<std::string, std::string*> texts = {{"--name", &all.name}, {"--address", &all.address}};
   std::map<std::string, int*> numbers = {{"--max-message-mb", &all.max_message_mb}, {"--concurrency", &all.concurrency},
-                                         {"--queue", &all.queue}, {"--time-limit-ms", &all.time_limit_ms}, {"--threads", &all.threads}};
+                                         {"--queue", &all.queue}, {"--time-limit-ms", &all.time_limit_ms}, {"--grace-ms", &all.grace_ms}, {"--threads", &all.threads}};
   for (std::size_t i = 0; i < words.size(); ++i) {
     const bool has_value = i + 1 < words.size();
     if (words[i].rfind("--", 0) != 0 && all.bundle.empty()) all.bundle = words[i];
@@ -289,9 +300,10 @@ int serve(const Settings& settings) {
 
   int signal = 0;
   sigwait(&stops, &signal);
-  service.stop();
+  const auto end = Clock::now() + std::chrono::milliseconds(settings.grace_ms);
+  service.stop(end);
   std::this_thread::sleep_for(std::chrono::milliseconds(500));  // gRPC would drop what comes during its shutdown
-  server->Shutdown(Clock::now() + std::chrono::seconds(10));
+  server->Shutdown(end);
   std::cout << "stopped" << std::endl;
   return 0;
 }

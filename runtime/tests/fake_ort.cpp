@@ -1,7 +1,9 @@
 // An ONNX Runtime of a few functions, for ThreadSanitizer, which sees through the real one as little as through any other
 // library that was not compiled with it. Its "model" gives out = 2x and context_out = 3context where masks are all true.
-// $FAKE_ORT_CUDA: it has the CUDA provider too. $FAKE_ORT_LOG: a file that gets a line for each option of a session.
+// $FAKE_ORT_CUDA: it has the CUDA provider too. $FAKE_ORT_LOG: a file that gets a line for each option of a session and for
+// each call. $FAKE_ORT_HOLD: while this file is there, no call ends.
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -9,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define ORT_API_MANUAL_INIT
@@ -39,6 +42,11 @@ OrtStatus* note(const std::string& line) {
   return nullptr;
 }
 
+void wait_while_held() {
+  const char* file = std::getenv("FAKE_ORT_HOLD");
+  while (file && std::ifstream(file)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
 OrtStatus* scale(const OrtValue* from, OrtValue* to, float factor) {
   if (from->bytes != to->bytes) return fail("sizes differ");
   for (std::size_t i = 0; i < from->bytes / sizeof(float); ++i) to->data[i] = factor * from->data[i];
@@ -48,6 +56,8 @@ OrtStatus* scale(const OrtValue* from, OrtValue* to, float factor) {
 OrtStatus* run(OrtSession* session, const OrtRunOptions*, const char* const* names, const OrtValue* const* inputs, size_t count,
                const char* const* output_names, size_t output_count, OrtValue** outputs) noexcept {
   ++session->calls;
+  note("call");
+  wait_while_held();
   if (session->text == "fails") return fail("the fake was told to\nand more");
   std::map<std::string, const OrtValue*> given;
   for (size_t i = 0; i < count; ++i) given[names[i]] = inputs[i];

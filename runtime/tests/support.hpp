@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -102,6 +104,20 @@ struct Pair {
 
 inline bool same(const bca::Tensor& a, const bca::Tensor& b) {
   return a.shape() == b.shape() && a.dtype() == b.dtype() && std::memcmp(a.data(), b.data(), a.bytes()) == 0;
+}
+
+/// The same result of a float32 model. ONNX Runtime's bits are not fixed: for another alignment it may take another kernel,
+/// which sums in another order. The allowance is the one of tests/rounding.py.
+inline bool near(const bca::Tensor& a, const bca::Tensor& b) {
+  if (a.shape() != b.shape() || a.dtype() != b.dtype()) return false;
+  const float *one = a.data<float>(), *other = b.data<float>();
+  double worst = 0, largest = 0;
+  for (std::size_t i = 0; i < a.count(); ++i) {
+    if (!std::isfinite(one[i])) return false;
+    worst = std::max(worst, std::abs(static_cast<double>(one[i]) - other[i]));
+    largest = std::max(largest, std::abs(static_cast<double>(other[i])));
+  }
+  return worst <= 28 * 0x1p-24 * largest;
 }
 
 }  // namespace support

@@ -1,5 +1,6 @@
 // The engine runner on doubles: profiles, the pool, buffers, the caller's memory and streams, and what a failure leaves behind.
 #include <chrono>
+#include <condition_variable>
 #include <future>
 #include <thread>
 
@@ -45,6 +46,22 @@ struct Request {
     }
     return true;
   }
+};
+
+/// Lets callers go on two by two; for minutes only, so that a runner that never lets two in fails.
+class Pairs {
+ public:
+  void meet() {
+    std::unique_lock lock(mutex_);
+    const int mine = came_++ / 2;
+    if (came_ == 2 * (mine + 1)) return arrived_.notify_all();
+    EXPECT_TRUE(arrived_.wait_for(lock, std::chrono::minutes(5), [&] { return came_ >= 2 * (mine + 1); }));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  int came_ = 0;
 };
 
 TEST(EngineRunner, ComputesAndWaitsForIt) {
@@ -110,7 +127,8 @@ TEST(EngineRunner, BuffersGrowAndAreUsedAgain) {
 TEST(EngineRunner, NoMoreCallsRunAtOnceThanThereAreContexts) {
   World world;
   auto runner = make(world, 2);
-  world.on_enqueue = [] { std::this_thread::sleep_for(std::chrono::milliseconds(2)); };
+  Pairs pairs;  // each call goes on when another is in it too, so that two are at work however slowly the threads come
+  world.on_enqueue = [&] { pairs.meet(); };
   std::vector<std::future<bool>> calls;
   for (unsigned i = 0; i < 12; ++i) {
     calls.push_back(std::async(std::launch::async, [&, i] {
