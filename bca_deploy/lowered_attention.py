@@ -65,6 +65,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype) -> None:
         super().__init__()
+        self.prenorm = spec.prenorm
         width = spec.heads * (spec.dim_head + self.features)
         self.heads, self.head_size, self.scale, self.dtype = spec.heads, spec.dim_head, spec.scale, dtype
         self.norm = Norm(spec, spec.dim, dtype) if spec.prenorm else nn.Identity()
@@ -80,10 +81,14 @@ class Attention(nn.Module):
         """Return ``out``, ``context_out`` and whatever attention maps the form has; the axes as it keeps its activations."""
         x, context = self.norm(x), self.context_norm(context)
         # Scaled before the product, once for both directions: in float16 the unscaled product overflows first.
-        qk = self.split(self.to_qk(x)) * self.scale
-        context_qk = self.split(self.context_to_qk(context))
+        qk = self.split(self.quiet(self.to_qk(x), extras.mask)) * self.scale
+        context_qk = self.split(self.quiet(self.context_to_qk(context), extras.context_mask))
         out, context_out, *maps = self.attend(qk, context_qk, self.to_v(x), self.context_to_v(context), extras)
         return self.to_out(_merge(out)), self.context_to_out(_merge(context_out)), *maps
+
+    def quiet(self, qk: Tensor, mask: Tensor | None) -> Tensor:
+        """Return queries and keys with nothing at padding that would show through what hides it."""
+        return qk
 
     def attend(self, qk: Tensor, context_qk: Tensor, v: Tensor, context_v: Tensor, extras: Extras) -> tuple[Tensor, ...]:
         """Return ``out``, ``context_out`` (``[B, H, N, D]``) and whatever attention maps the lowering forms.
@@ -96,6 +101,9 @@ class Attention(nn.Module):
             extras: masks and bias.
         """
         raise NotImplementedError
+
+    def _lowest(self) -> Tensor:
+        return torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype)
 
     def split(self, t: Tensor) -> Tensor:
         """From ``[N, B, H * D]`` to ``[B, H, N, D]``."""
@@ -122,7 +130,7 @@ class ReferenceAttention(Attention):
         sim = sim if extras.bias is None else sim + extras.bias.to(self.dtype)
         live = _pairs(extras.mask, extras.context_mask)
         if live is not None:
-            sim = torch.where(live, sim, torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype))
+            sim = torch.where(live, sim, self._lowest())
         attn = self.talking_heads(sim.softmax(-1))
         context_attn = self.context_talking_heads(sim.softmax(-2))
         return attn @ self.split(context_v), context_attn.transpose(-1, -2) @ self.split(v), attn, context_attn
@@ -137,6 +145,15 @@ def _pairs(mask: Tensor | None, context_mask: Tensor | None) -> Tensor | None:
 class FusedAttention(Attention):
     """Two ordinary attentions, each with a key mask only; dead rows get the mean of the values afterwards."""
 
+    def quiet(self, qk: Tensor, mask: Tensor | None) -> Tensor:
+        """Return zeros at padding, which may hold anything: a key mask that is added hides only what is small beside it.
+
+        Behind a norm there is nothing large, whatever came in.
+        """
+        if mask is None or self.prenorm:
+            return qk
+        return torch.where(mask.t()[..., None], qk, torch.zeros((), dtype=qk.dtype))
+
     def attend(self, qk: Tensor, context_qk: Tensor, v: Tensor, context_v: Tensor, extras: Extras) -> tuple[Tensor, ...]:
         """Return both outputs; arguments as for :meth:`Attention.attend`."""
         mask, context_mask, bias = extras
@@ -149,16 +166,18 @@ class FusedAttention(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, other: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         sim = q @ k.transpose(-1, -2)
-        sim = sim if bias is None else sim + bias
-        sim = sim if other is None else sim + self._key_mask(other)
+        if bias is not None:
+            sim = sim + bias
+        if other is not None:
+            # The bias of a padded pair may be anything too, and no norm comes before it.
+            sim = sim + self._key_mask(other) if bias is None else torch.where(other[:, None, None, :], sim, self._lowest())
         attended = sim.softmax(-1) @ self.split(v)
         live = _live_rows(own, other)
         return attended if live is None else torch.where(live, attended, self.split(_mean(v)))
 
     def _key_mask(self, live: Tensor) -> Tensor:
         """Return ``[B, 1, 1, keys]``: 0 where live, the lowest number where dead."""
-        zero = torch.zeros((), dtype=self.dtype)
-        return torch.where(live, zero, torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype))[:, None, None, :]
+        return torch.where(live, torch.zeros((), dtype=self.dtype), self._lowest())[:, None, None, :]
 
 
 def _live_rows(own: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -182,9 +201,14 @@ class CpuAttention(Attention):
     def forward(self, x: Tensor, context: Tensor, extras: Extras) -> tuple[Tensor, ...]:
         """Return ``out`` and ``context_out``."""
         x, context = self.norm(x), self.context_norm(context)
-        qk, context_qk = self.mark(self.to_qk(x), self.context_to_qk(context), extras)
+        qk, context_qk = self.to_qk(self.heard(x, extras.mask)), self.context_to_qk(self.heard(context, extras.context_mask))
+        qk, context_qk = self.mark(qk, context_qk, extras)
         out = self._one_way(qk, context_qk, self.context_to_v(context))
         return self.to_out(out), self.context_to_out(self._one_way(context_qk, qk, self.to_v(x)))
+
+    def heard(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what queries and keys are made of."""
+        return x
 
     def mark(self, qk: Tensor, context_qk: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
         """Return both with what the masks say inside of them."""
@@ -217,6 +241,14 @@ class MaskedCpuAttention(CpuAttention):
     """
 
     features = 2
+
+    def heard(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return zeros at padding, which may hold anything: ``far`` hides only what is small beside it.
+
+        Behind a norm there is nothing large. A product, as onnxruntime's Where takes three passes on one thread; before the
+        projection, as zero times what overflows there is NaN.
+        """
+        return x if mask is None or self.prenorm else x * mask.to(x.dtype)[..., None]
 
     def mark(self, qk: Tensor, context_qk: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
         """Add the features to queries and keys of both sides."""

@@ -10,7 +10,7 @@ import torch
 from layers import Structure
 from torch import Tensor
 
-from bca_deploy import lowered_attention, lowering
+from bca_deploy import lowered_attention
 from bca_deploy.lowered_attention import (
     Attention,
     Extras,
@@ -20,7 +20,7 @@ from bca_deploy.lowered_attention import (
     Norm,
     ReferenceAttention,
 )
-from bca_deploy.lowering import LoweredModel
+from bca_deploy.lowering import LoweredModel, has_cpu_form
 from bca_deploy.spec import Precision
 
 _ALL: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -65,6 +65,10 @@ def fused(made: Structure) -> bool:
 
 def literal(made: Structure) -> bool:
     return made.lowering == "reference" and many(made)
+
+
+def on_the_cpu(made: Structure) -> bool:
+    return fused(made) and has_cpu_form(made.lowering, "fp32", made.interface)
 
 
 def many(made: Structure) -> bool:
@@ -266,9 +270,17 @@ DEFECTS = (
     Defect("dead rows zero", lowered_attention, "_mean", zero_mean, both(fused, masked)),
     Defect("dead rows get the mean of the live values", FusedAttention, "_one_way", live_mean, both(fused, masked)),
     Defect("fill of -10000", FusedAttention, "_key_mask", ten_thousand, both(fused, masked)),
-    Defect("fill of -10000, literal graph", ReferenceAttention, "attend", literal_ten_thousand, both(literal, masked)),
-    Defect("fill of -10000, graph for the CPU", lowered_attention, "_FAR", fill_on_the_cpu, both(fused, masked), _FP32, 1),
-    Defect("dead queries keep their logits", MaskedCpuAttention, "_marks", kept_values, both(fused, masked), _FP32, 1),
+    Defect(
+        "fill of -10000, literal graph",
+        ReferenceAttention,
+        "attend",
+        literal_ten_thousand,
+        both(literal, masked),
+        ("fp32", "bf16"),
+        note="not in fp16: it shows only at logits below -10000, on the way to which PyTorch overflows in float16",
+    ),
+    Defect("fill of -10000, graph for the CPU", lowered_attention, "_FAR", fill_on_the_cpu, both(on_the_cpu, masked), _FP32, 1),
+    Defect("dead queries keep their logits", MaskedCpuAttention, "_marks", kept_values, both(on_the_cpu, masked), _FP32, 1),
     Defect("masks swapped", LoweredModel, "forward", swapped_masks, both(fused, masked)),
     Defect("mask shifted by one", FusedAttention, "_key_mask", shifted_mask, both(fused, masked)),
     Defect("one live key lost", FusedAttention, "_key_mask", lost_key, both(fused, masked)),
@@ -288,5 +300,3 @@ DEFECTS = (
     Defect("float16 queries and keys", Attention, "split", half_queries, fused, _FP32),
     Defect("float16 softmax", FusedAttention, "_one_way", half_softmax, fused, _FP32),
 )
-
-__all__ = ["DEFECTS", "Defect", "lowering"]
