@@ -1,6 +1,7 @@
 """What goes wrong in production: overload, slow and broken clients, stops and kills, requests that make no sense."""
 
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -291,11 +292,21 @@ def test_a_kill_under_load_is_a_clear_error_at_the_client_and_a_restart_serves_a
 @pytest.mark.slow
 def test_thousands_of_good_requests_need_no_more_memory_than_hundreds(attacked: Server) -> None:
     with RemoteSession(f"grpc://{attacked.grpc}") as remote, ThreadPoolExecutor(4) as pool:
-        requests = [make(1, n, 65 - n, n) for n in range(1, 65)]
-        list(pool.map(remote.run, requests * 8))
-        before = attacked.rss_mb()
-        list(pool.map(remote.run, requests * 40))
-    assert attacked.rss_mb() < before * 1.05
+        requests = [make(1, n, 65 - n, n) for n in range(1, 65)] * 8
+        list(pool.map(remote.run, requests))
+        assert growth_mb(attacked, lambda: list(pool.map(remote.run, requests)), rounds=5) < 0.3
+
+
+def growth_mb(server: Server, work: Callable[[], object], rounds: int) -> float:
+    """The least that the server grows by in a round of work.
+
+    The allocator and the kernel, with huge pages, take more now and then; requests that leave something do in every round.
+    """
+    sizes = [server.rss_mb()]
+    for _ in range(rounds):
+        work()
+        sizes.append(server.rss_mb())
+    return min(after - before for before, after in itertools.pairwise(sizes))
 
 
 GOOD = make(1, 4, 3)
@@ -425,7 +436,7 @@ def status(call: Any, sent: bytes) -> str:
 
 
 def unharmed(server: Server, requests: "st.SearchStrategy[Any]", send: Callable[[Any], None]) -> None:
-    """Send them all, then all of them again: the process lives, has grown by nothing between the two, and works."""
+    """Send them all, then all of them again: the process lives, does not grow by them, and works."""
     sent: list[Any] = []
 
     @ATTACK
@@ -436,11 +447,9 @@ def unharmed(server: Server, requests: "st.SearchStrategy[Any]", send: Callable[
 
     attack()
     assert len(sent) >= 500
-    before, files = server.rss_mb(), open_files(server)
-    for one in sent:
-        send(one)
+    files = open_files(server)
+    assert growth_mb(server, lambda: [send(one) for one in sent], rounds=3) < 2
     assert server.process.poll() is None
-    assert server.rss_mb() < before * 1.03
     assert open_files(server) <= files + 2
     assert metrics(server)["bca_queue_depth"] == 0
     log = server.log.read_text(encoding="utf-8")

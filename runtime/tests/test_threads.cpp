@@ -57,11 +57,16 @@ TEST(Threads, EightTimesAThousandCallsAreRightAndMemoryStaysFlat) {
   const bca::Session session = bca::Session::open(support::kFixture, options);
   const std::vector<Expected> all = make_expected(session);
   EXPECT_EQ(call_from_all_threads(session, all, kCalls / 4), 0);  // every thread's memory and the arena are made now
-  const std::size_t before = resident_bytes();
-  EXPECT_EQ(call_from_all_threads(session, all, kCalls), 0);
-  // A leak of 512 bytes a call would be 4 MB. Sanitizers hold freed memory back on purpose.
+  // A leak of 512 bytes a call would be 4 MB in every round; the allocator and the kernel, with huge pages, take more now and
+  // then. Sanitizers hold freed memory back on purpose.
+  double least = 1e9;
+  for (int round = 0; round < (BCA_SANITIZED ? 1 : 3); ++round) {
+    const std::size_t before = resident_bytes();
+    EXPECT_EQ(call_from_all_threads(session, all, kCalls), 0);
+    least = std::min(least, static_cast<double>(resident_bytes()) - static_cast<double>(before));
+  }
   if (!BCA_SANITIZED) {
-    EXPECT_LT(static_cast<double>(resident_bytes()) - static_cast<double>(before), 4e6);
+    EXPECT_LT(least, 4e6);
   }
 }
 
