@@ -125,11 +125,13 @@ def fill_on_the_cpu(_: Any) -> float:
 
 
 def swapped_masks(right: Any) -> Any:
-    def forward(self: Any, x: Tensor, context: Tensor, mask: Any = None, context_mask: Any = None, bias: Any = None) -> Any:
-        # Cut or filled up, as a runtime does that broadcasts: equal lengths hide nothing, others would not even run.
-        x_mask = torch.cat([context_mask[:, : x.shape[1]], mask[:, context_mask.shape[1] :]], 1)
-        other = torch.cat([mask[:, : context.shape[1]], context_mask[:, mask.shape[1] :]], 1)
-        return right(self, x, context, x_mask, other, bias)
+    def forward(
+        self: Any, x: Tensor, context: Tensor, mask: Any = None, context_mask: Any = None, rel_pos_bias: Any = None
+    ) -> Any:
+        # Cut or filled up with the right one where the lengths differ: as they are, others than equal ones would not even run.
+        x_mask = torch.cat([context_mask, mask], 1)[:, : x.shape[1]]
+        other = torch.cat([mask, context_mask], 1)[:, : context.shape[1]]
+        return right(self, x, context, x_mask, other, rel_pos_bias)
 
     return forward
 
@@ -196,9 +198,14 @@ def tf32_product(right: Any) -> Any:
     """Both operands keep eleven significant bits: Dekker's splitting, 1971."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return right(self, x) if self.bias is None else _tf32(x) @ _tf32(self.weight) + self.bias
+        return right(self, x) if self.bias is None else _tf32(x) @ _tf32(_unfolded(self.weight, x)) + self.bias
 
     return forward
+
+
+def _unfolded(weight: Tensor, x: Tensor) -> Tensor:
+    """Keep the exporter from working on the weight ahead of time: the graph is to hold it as it is."""
+    return weight + 0.0 * x.flatten()[0]
 
 
 def _tf32(t: Tensor) -> Tensor:
@@ -214,9 +221,9 @@ def half_accumulation(right: Any) -> Any:
             return right(self, x)
         quarter = x.shape[-1] // 4
         pieces = [slice(i * quarter, (i + 1) * quarter if i < 3 else None) for i in range(4)]
-        total = self.bias.half()
+        weight, total = _unfolded(self.weight, x), _unfolded(self.bias, x).half()
         for piece in pieces:
-            total = total + (x[..., piece] @ self.weight[piece]).half()
+            total = total + (x[..., piece] @ weight[piece]).half()
         return total.to(x.dtype)
 
     return forward
@@ -247,7 +254,8 @@ def unmixed_heads(right: Any) -> Any:
     """The first talking-heads convolution is left out."""
 
     def attend(self: Any, *args: Any) -> Any:
-        with patch.object(self.talking_heads, "forward", lambda attn: attn + 0 * self.talking_heads.weight.sum()):
+        mix = self.talking_heads.forward
+        with patch.object(self.talking_heads, "forward", lambda attn: attn + 0.0 * mix(attn)):
             return right(self, *args)
 
     return attend
