@@ -150,9 +150,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes() if path.is_file() else None
     except OSError as error:
-        raise InputError(
-            f"recipe {path} cannot be read: {error.strerror or error}; check its permissions"
-        ) from error
+        raise InputError(f"recipe {path} cannot be read: {error.strerror or error}; check its permissions") from error
     if content is None:
         here = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise InputError(f"recipe {path} does not exist{nearest(path.name, here)}; recipes are TOML files, see export/recipes/")
