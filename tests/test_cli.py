@@ -667,7 +667,7 @@ for arguments in (["export"], ["verify", sys.argv[1]]):
         done = run_without(HEAVY, script, exported.directory)
     assert done.stdout == "2\n2\n"
     assert done.stderr.splitlines() == [
-        "error: onnx_ir is not installed; run: pip install 'bca-deploy[export]'",
+        "error: torch is not installed; run: pip install 'bca-deploy[export]'",
         "error: onnx is not installed; run: pip install 'bca-deploy[export]'",
     ]
 
