@@ -1,8 +1,5 @@
 """Export bidirectional cross-attention from PyTorch to a validated ONNX bundle, and open it without PyTorch."""
 
-from importlib import import_module
-from typing import Any
-
 __version__ = "0.1.0"
 
 # Imported on first use: opening a bundle must not import torch or onnx, and `bca --help` must not import numpy.
@@ -20,8 +17,10 @@ _PUBLIC = {
 __all__ = ["BcaError", "Bundle", "Session", "__version__", "build", "export", "open", "refit", "verify"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bca_deploy' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module  # here: the command line must be ready for ctrl-C soon
+
     module, _, attribute = _PUBLIC[name].partition(":")
     return getattr(import_module(module), attribute)

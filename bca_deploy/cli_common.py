@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bca_deploy import __version__, ending
 from bca_deploy.errors import BcaError, InputError, missing, nearest
 
 app = typer.Typer(
@@ -31,6 +32,16 @@ export_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bca-deploy {__version__}")
+        raise typer.Exit
+
+
+VersionFlag = Annotated[
+    bool, typer.Option("--version", help="Show the version and stop.", callback=_say_version, is_eager=True)
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath log.")]
 EngineFlag = Annotated[
@@ -55,6 +66,11 @@ BackendFlag = Annotated[
 ]
 
 
+@app.callback()
+def _options(version: VersionFlag = False) -> None:
+    """Take what stands before the command."""
+
+
 @contextlib.contextmanager
 def guarded(verbose: bool, lasting: bool = False) -> Iterator[None]:
     """Turn errors into one readable message and the documented exit code.
@@ -72,13 +88,17 @@ def guarded(verbose: bool, lasting: bool = False) -> Iterator[None]:
     if not verbose:
         warnings.simplefilter("ignore")
     try:
-        yield
+        with ending.cleanly():
+            yield
     except BcaError as error:
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # nobody reads what is printed: see ending.py
+        raise
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", 130)
+    except KeyboardInterrupt as error:
+        ended = error if isinstance(error, ending.Ended) else ending.Ended()
+        _fail(str(ended), ended.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
@@ -89,7 +109,8 @@ def _fail(message: str, code: int) -> None:
 def need(module: str) -> Any:
     """Import a module of the export stages, whose packages are in an extra."""
     try:
-        return import_module(f"bca_deploy.{module}")
+        with ending.at_once():
+            return import_module(f"bca_deploy.{module}")
     except ModuleNotFoundError as error:
         raise missing(error.name or "a package", "export") from error
 

@@ -11,6 +11,7 @@ from bca_deploy.cli_common import (
     ProfileFlag,
     TargetFlag,
     VerboseFlag,
+    VersionFlag,
     app,
     check_paths,
     export_app,
@@ -87,10 +88,11 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
+    version: VersionFlag = False,
 ) -> None:
     """Export a layer to an ONNX bundle, proven equal to PyTorch.
 
-    Exit codes: 0 done, 1 parity failed, 2 bad input, 130 interrupted. On 1, 2 and 130 no bundle is left.
+    Exit codes: 0 done, 1 parity failed, 2 bad input, 130 interrupted, 143 terminated. On all but 0 no bundle is left.
     """
     with guarded(verbose):
         options = {

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
+from bca_deploy import ending
 from bca_deploy.manifest import Manifest
 from bca_deploy.spec import Axis, DimRange, LayerSpec
 
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from bca_deploy.session import Session
     from bca_deploy.verdict import Verdict
 
+
+class _Console(Console):
+    """Says that nobody reads any more; rich would say that parity failed."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on as every other print does."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads standard output any more")
+
+
 # Markup off: shapes such as [batch, x_len] are not styles. Wide where there is no terminal to fit: tables go to logs whole.
-_out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+_out = _Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True, highlight=False, markup=False)
 
 
@@ -41,7 +50,7 @@ class _Bar:
 
     def stage(self, name: str) -> None:
         if self.interrupts:
-            raise KeyboardInterrupt
+            raise ending.Ended(self.interrupts[-1])
         if not _err.is_terminal:
             _err.print(f"{name} ...")
         if self.task is not None:
@@ -57,27 +66,8 @@ class _Bar:
 def progress() -> Iterator[_Bar]:
     """Show progress while the block runs."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar, _interrupts() as seen:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar, ending.cleanly() as seen:
         yield _Bar(bar, seen)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Keep each ctrl-C: raised in a destructor or a callback of a library, a KeyboardInterrupt is lost."""
-    seen: list[int] = []
-
-    def keep(signum: int, frame: object) -> None:
-        seen.append(signum)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield seen
-        return
-    before = signal.signal(signal.SIGINT, keep)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,9 @@ def _process(request: Request, printed: Path) -> Iterator[tuple[subprocess.Popen
     os.close(writer)
     try:
         assert process.stdin is not None  # noqa: S101  (asked for above)
-        process.stdin.write(json.dumps(asdict(replace(request, events=writer))).encode())
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it is gone already, and how it ended says more
+            process.stdin.write(json.dumps(asdict(replace(request, events=writer))).encode())
+            process.stdin.close()
         yield process, reader
     finally:
         _stop(process)

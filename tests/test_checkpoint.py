@@ -736,3 +736,79 @@ def test_keys_come_in_one_order_whatever_the_order_in_the_file() -> None:
 def test_a_checkpoint_that_the_system_does_not_show_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint .*x{300}\.pt cannot be read: File name too long"):
         load(tmp_path / f"{'x' * 300}.pt")
+
+
+# ---- weights that are none
+
+ODD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "meta": (lambda v: v.to("meta"), r"is on the meta device, which holds no values; load the weights into the module first"),
+    "coo": (lambda v: v.to_sparse(), r"is not dense \(torch\.sparse_coo\); give a plain tensor"),
+    "csr": (lambda v: v.to_sparse_csr(), r"is not dense \(torch\.sparse_csr\)"),
+    "nested": (lambda v: torch.nested.nested_tensor([v, v]), r"is not dense \(nested\)"),
+    "float8": (lambda v: v.to(torch.float8_e5m2), r"has dtype torch\.float8_e5m2; weights must be floating point \(float32, "),
+    "complex": (lambda v: torch.complex(v, v).conj(), r"has dtype torch\.complex64; weights must be floating point"),
+    "quantized": (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), r"has dtype torch\.qint8; weights must be"),
+    "lazy": (lambda v: nn.LazyLinear(3).weight, "has no shape yet; run the module once"),
+    "no tensor": (lambda v: {"scale": 1.0}, "is a dict; weights must be tensors"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what is made here
+@pytest.mark.parametrize("kind", list(ODD))
+def test_a_tensor_that_holds_no_plain_weights_is_named(kind: str) -> None:
+    odd, message = ODD[kind]
+    state = dict(make_checkpoint(prenorm=True).state)
+    with pytest.raises(CheckpointError, match=rf"^to_v\.weight {message}"):
+        from_state(state | {"to_v.weight": odd(state["to_v.weight"])}, 3)
+
+
+def test_a_tensor_of_a_class_that_refuses_to_be_looked_at_is_named() -> None:
+    class Shy(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.isfinite:
+                raise NotImplementedError
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    state = dict(make_checkpoint(prenorm=True).state)
+    message = r"^to_v\.weight, a Shy, gives no values \(NotImplementedError\(\)\); give plain tensors$"
+    with pytest.raises(CheckpointError, match=message):
+        from_state(state | {"to_v.weight": state["to_v.weight"].as_subclass(Shy)}, 3)
+
+
+@pytest.mark.parametrize("view", [torch._neg_view, lambda v: torch.complex(v, -v).conj().imag])
+def test_weights_that_are_negated_by_a_bit_are_what_they_say(tmp_path: Path, view: Callable[[Tensor], Tensor]) -> None:
+    state = dict(make_checkpoint(prenorm=True).state)
+    weight = view(state["to_v.weight"])
+    assert weight.is_neg()
+    found = from_state(state | {"to_v.weight": weight}, 3).state
+    save_file(found, tmp_path / "again.safetensors")
+    assert torch.equal(read(tmp_path / "again.safetensors")["to_v.weight"], weight.clone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_making_the_module_neither_moves_the_random_numbers_on_nor_shares_its_weights(dtype: torch.dtype) -> None:
+    checkpoint, before = make_checkpoint(prenorm=True), torch.get_rng_state()
+    module = checkpoint.module(dtype)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        module.to_v.weight.zero_()
+    assert checkpoint.state["to_v.weight"].any()
+    assert all(parameter.requires_grad and parameter.dtype == dtype for parameter in module.parameters())
+
+
+NO_MODULES: dict[str, tuple[Any, str]] = {
+    "state dict": (dict(nn.Linear(2, 2).state_dict()), "this is a dict; load the state dict into the module, or save it"),
+    "path": ("x.pt", r"this is a str; for a checkpoint run bca-export --checkpoint x\.pt"),
+    "Path": (Path("x.pt"), r"; for a checkpoint run bca-export --checkpoint x\.pt"),
+    "class": (nn.Linear, "give a trained module, not the class Linear"),
+    "nothing": (None, "this is a NoneType; give the trained module itself"),
+    "function": (len, "give the trained module itself"),
+}
+
+
+@pytest.mark.parametrize("kind", list(NO_MODULES))
+def test_what_is_no_module_is_refused_with_the_way_out(kind: str) -> None:
+    given, message = NO_MODULES[kind]
+    with pytest.raises(InputError, match=message):
+        from_module(given)

@@ -604,18 +604,21 @@ def test_an_interrupted_verify_exits_130(monkeypatch: pytest.MonkeyPatch, export
 
 
 @pytest.mark.slow
-def test_control_c_in_a_real_export_exits_130_and_leaves_nothing(tmp_path: Path, layer: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_in_a_real_export_ends_it_and_leaves_nothing(
+    tmp_path: Path, layer: tuple[str, ...], number: signal.Signals, word: str
+) -> None:
     command = [BIN / "bca-export", *layer, "--out", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         seen = [process.stderr.readline() for _ in range(2)]
         assert any(tmp_path.iterdir())  # it is in the middle of it, or the test shows nothing
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE_S)
     assert contents(tmp_path) == {}
     assert seen == ["weights ...\n", "trace fp32 ...\n"]
-    assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "error: interrupted; nothing was left behind"  # after stages that were quicker than we are
+    assert (process.returncode, out) == (128 + number, "")
+    assert err.splitlines()[-1] == f"error: {word}; nothing was left behind"  # after stages that were quicker than we are
 
 
 def test_control_c_that_a_destructor_swallows_ends_the_work_at_the_next_stage() -> None:
@@ -666,7 +669,7 @@ for arguments in (["export"], ["verify", sys.argv[1]]):
         done = run_without(HEAVY, script, exported.directory)
     assert done.stdout == "2\n2\n"
     assert done.stderr.splitlines() == [
-        "error: onnx_ir is not installed; run: pip install 'bca-deploy[export]'",
+        "error: torch is not installed; run: pip install 'bca-deploy[export]'",
         "error: onnx is not installed; run: pip install 'bca-deploy[export]'",
     ]
 
@@ -948,3 +951,21 @@ def test_inspect_in_json_is_the_manifest(exported: Bundle) -> None:
     ended(result, 0)
     assert result.stderr == ""
     assert json.loads(result.stdout) == json.loads((exported.directory / "manifest.json").read_text())
+
+
+# ---- odd weights: one sentence and exit code 2, for 1 says that parity failed
+
+ODD: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "float8": (lambda v: v.to(torch.float8_e4m3fn), r"has dtype torch\.float8_e4m3fn; weights must be floating point"),
+    "sparse": (lambda v: v.to_sparse(), r"is not dense \(torch\.sparse_coo\)"),
+    "meta": (lambda v: v.to("meta"), "is on the meta device, which holds no values"),
+    "integers": (lambda v: v.to(torch.int8), r"has dtype torch\.int8; weights must be floating point"),
+}
+
+
+@pytest.mark.parametrize("kind", list(ODD))
+def test_odd_weights_are_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
+    odd, message = ODD[kind]
+    state = make_checkpoint(prenorm=True).state
+    torch.save(state | {"to_qk.weight": odd(state["to_qk.weight"])}, tmp_path / "odd.pt")
+    refused(bca_export("--checkpoint", tmp_path / "odd.pt", "--heads", 3, "--dry-run"), rf"^error: to_qk\.weight {message}")

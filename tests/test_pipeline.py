@@ -1,6 +1,7 @@
 """bca_deploy.export: a live module goes in, a bundle that computes the same comes out."""
 
 from pathlib import Path
+from typing import Any
 
 import bidirectional_cross_attention as published
 import numpy as np
@@ -182,3 +183,10 @@ def test_a_committed_bundle_of_format_1_opens_and_verifies(repository: Path) -> 
 def test_an_open_bundle_is_refused_a_file_it_does_not_list(exported: Bundle) -> None:
     with pytest.raises(BundleError, match=r"the bundle has no model\.onnx; it has expect\.npz"):
         exported.path("model.onnx")
+
+
+@pytest.mark.parametrize("given", [{}, "layer.pt", torch.nn.Linear])
+def test_an_export_of_what_is_no_module_is_refused(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(InputError, match=r"a torch\.nn\.Module is needed"):
+        bca_deploy.export(given, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -355,7 +355,7 @@ def test_an_oversized_request_is_refused_before_anything_is_made_of_it(session: 
 
 
 def test_an_unknown_policy_is_refused(session: Session) -> None:
-    with pytest.raises(InputError, match=r"^policy 'Pad' is not known; allowed: auto, alone, pad$"):
+    with pytest.raises(InputError, match=r"^policy 'Pad' is not known \(did you mean 'pad'\?\); allowed: auto, alone, pad$"):
         session.run_many([], policy="Pad")  # type: ignore[arg-type]
 
 
