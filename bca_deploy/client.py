@@ -163,7 +163,7 @@ class RemoteSession:
             lambda: self._client.get_model_metadata(self._name, headers=self._headers, client_timeout=self._deadline_s)
         )
         inputs, outputs = (tuple(map(_entry, tensors)) for tensors in (found.inputs, found.outputs))
-        return _Model(inputs, outputs, Contract(inputs, _DIMS, advice="send less at once"))
+        return _Model(inputs, outputs, Contract(inputs, _DIMS))
 
     def _run_pair(self, index: int, pair: Pair, cast: bool) -> tuple[Any, ...]:
         try:
@@ -209,7 +209,7 @@ class RemoteSession:
                 return ServerError(f"{where}: the server is busy, or the request too large ({said})")
             case "DEADLINE_EXCEEDED":
                 return ServerError(
-                    f"{where}: no answer within {self._deadline_s:g} s ({said}); raise deadline_s, or ask for less"
+                    f"{where}: no answer within {self._deadline_s:g} s ({said}); raise deadline_s, or split the batch"
                 )
         return ServerError(f"{where}: {status}: {said}")
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 AnyArray: TypeAlias = "Array | DeviceArray"
 
-#: What to do where a size is refused by a model of this process.
-ADVICE = "cut the sequence into pieces, or export again with wider dims"
 _OPTIONAL = ("mask", "context_mask")
+#: The mask that says what is padding along an axis.
+_MASK_OF = {"x_len": "mask", "context_len": "context_mask"}
 #: Accepted shapes that are remembered.
 _MOST_SHAPES = 1000
 
@@ -39,18 +39,18 @@ class Contract:
         tensors: the model's inputs, in order.
         dims: the sizes that the named dimensions may take.
         profiles: the combinations of sizes, where not every one within ``dims`` will do.
-        advice: what to do where a size is refused; goes into the error.
     """
 
-    def __init__(
-        self, tensors: "Iterable[TensorEntry]", dims: Dims, profiles: tuple[Dims, ...] = (), advice: str = ADVICE
-    ) -> None:
+    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, profiles: tuple[Dims, ...] = ()) -> None:
         self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
         self.names = tuple(entry.name for entry in self._inputs)
         self._dtypes = [(entry.name, entry.dtype) for entry in self._inputs]
         self._accepted: set[tuple[tuple[int, ...], ...]] = set()
         self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}
-        self._advice, self._profiles = advice, profiles
+        self._profiles = profiles
+        # Padding that no mask tells of would be attended to.
+        self._pad = "pad and mask the padding, " if set(_OPTIONAL) <= set(self.names) else ""
+        self._bools = tuple(entry.name for entry in self._inputs if entry.dtype == np.bool_)
 
     def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs by name; ``None`` counts as not given.
@@ -85,6 +85,7 @@ class Contract:
         """
         shapes = self._shapes(given)
         if shapes in self._accepted:
+            self._check_bools(given)
             return dict(given)
         ready = self._checked(given, cast)
         if shapes is not None and len(self._accepted) < _MOST_SHAPES:
@@ -107,6 +108,7 @@ class Contract:
 
     def _checked(self, given: Mapping[str, AnyArray], cast: bool) -> dict[str, AnyArray]:
         sizes = self._sizes(given)  # of all, before anything is made of any
+        self._check_bools(given)
         ready: dict[str, AnyArray] = {}
         for entry in self._inputs:
             array = given.get(entry.name)
@@ -115,6 +117,20 @@ class Contract:
             else:
                 ready[entry.name] = array if array.dtype == entry.dtype else self._cast(entry, array, cast)
         return ready
+
+    def _check_bools(self, given: Mapping[str, AnyArray]) -> None:
+        """Refuse a byte that is neither 0 nor 1, as views make them: a kernel may take it for either. On the GPU nobody looks.
+
+        By way of bytes, as a maximum of numpy's takes longer to begin than most masks to be read.
+        """
+        for name in self._bools:
+            array = given.get(name)
+            if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
+                continue
+            if others := array.tobytes().translate(None, b"\0\1"):
+                raise InputError(
+                    f"input {name}: a bool is one byte of 0 or 1, and here is one of {others[0]}; write 1 where it is true"
+                )
 
     def _sizes(self, given: Mapping[str, AnyArray]) -> dict[str, int]:
         """Return the size of each named dimension, checked against everything that is known of it."""
@@ -130,7 +146,7 @@ class Contract:
             got = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise InputError(
                 f"no optimization profile of the engine holds {got}; it has {'; or '.join(map(str, self._profiles))}; "
-                "pad, split the batch, or build the engine with a profile for it"
+                f"{self._pad}split the batch, or build the engine with a profile for it"
             )
         return sizes
 
@@ -157,8 +173,22 @@ class Contract:
         allowed = self._ranges[axis]
         if not allowed.min <= size <= allowed.max:
             raise InputError(
-                f"input {entry.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; {self._advice}"
+                f"input {entry.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; "
+                f"{self._way_out(axis, size, allowed)}"
             )
+
+    def _way_out(self, axis: str, size: int, allowed: DimRange) -> str:
+        """Return what to do, and the answers are the same: the entries of a batch are apart, the rows of a sequence are not."""
+        batch = axis == "batch"
+        again = "build the engine with a profile for it" if self._profiles else "export again with wider dims"
+        if size < 1:
+            return "an empty batch has nothing to run" if batch else "nothing attends to an empty sequence; leave its entry out"
+        if size > allowed.max:
+            no = "a sequence cannot be cut, as each row attends to all of the other side"
+            return f"split the batch, or {again}" if batch else f"{no}; {again}"
+        if batch:
+            return f"add entries and drop their outputs, or {again}"
+        return f"pad it and mask the padding, or {again}" if _MASK_OF[axis] in self.names else again
 
     def _cast(self, entry: _Input, array: AnyArray, cast: bool) -> Array:
         mask = entry.dtype == np.bool_

@@ -40,6 +40,11 @@ class DeviceArray:
     dtype: np.dtype[Any]
     owner: Any
 
+    @property
+    def end(self) -> int:
+        """The address after its last element."""
+        return self.address + int(np.prod(self.shape)) * self.dtype.itemsize
+
 
 class Stream(Protocol):
     """Work in order. ``handle`` is the driver's, as a number."""

@@ -143,7 +143,8 @@ class Session:
 
         Args:
             inputs: by name.
-            outputs: an array for every output, C-contiguous, of its dtype and shape; on the CPU, or on the session's GPU.
+            outputs: an array for every output, C-contiguous, of its dtype and shape; on the CPU, or on the session's GPU. None
+                may share memory with an input or with another.
             cast: as for calling the session.
 
         Raises:
@@ -154,6 +155,7 @@ class Session:
         targets = self._reader.read(outputs, "output")
         self._check_outputs(ready, targets)
         contiguous = {n: a if isinstance(a, DeviceArray) else np.ascontiguousarray(a) for n, a in ready.items()}
+        tensors.check_overlaps(contiguous, targets)
         self._timed(lambda given: self._backend.run_into(given, targets), contiguous)
 
     def run_many(self, pairs: Iterable[Pair], *, policy: Policy = "auto", cast: bool = False) -> list[tuple[Any, ...]]:

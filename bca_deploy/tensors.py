@@ -81,8 +81,15 @@ def on_gpu(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a torch tensor without its gradients, which DLPack does not carry."""
-    return value.detach() if hasattr(value, "detach") else value
+    """Return a torch tensor without its gradients, which DLPack does not carry, and with masks of 0 and 1 alone.
+
+    A mask on the GPU cannot be looked at without waiting for it; it is made anew in the order of torch's own stream.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    return value.view(torch.uint8) != 0 if value.dtype == torch.bool else value
 
 
 def as_array(name: str, value: Any, kind: str = "input") -> Array:
@@ -126,6 +133,32 @@ def _from_dlpack(what: str, value: Any) -> Array:
     except (BufferError, RuntimeError, TypeError, AssertionError) as error:
         raise InputError(f"{what}, a {type(value).__name__}, does not come as a CPU array: {error}") from error
     return array
+
+
+def check_overlaps(inputs: Mapping[str, Array | DeviceArray], outputs: Mapping[str, Array | DeviceArray]) -> None:
+    """Refuse an output that shares memory with an input or with another output: a model writes while it still reads.
+
+    Args:
+        inputs: C-contiguous, as the backend reads them.
+        outputs: C-contiguous, as it writes them.
+
+    Raises:
+        InputError: naming both.
+    """
+    taken = [(f"input {name}", array) for name, array in inputs.items()]
+    for name, output in outputs.items():
+        for other, array in taken:
+            if _overlap(output, array):
+                raise InputError(f"output {name} overlaps {other} in memory; give each output memory of its own")
+        taken.append((f"output {name}", output))
+
+
+def _overlap(one: Array | DeviceArray, other: Array | DeviceArray) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.may_share_memory(one, other)  # compares bounds alone, and there are no gaps between them
+    if isinstance(one, DeviceArray) and isinstance(other, DeviceArray):
+        return one.address < other.end and other.address < one.end
+    return False
 
 
 def back(values: Iterable[Any]) -> Back | None:

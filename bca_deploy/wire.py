@@ -152,14 +152,12 @@ def from_bytes(name: str, dtype: np.dtype[Any], shape: Iterable[int], raw: Any) 
     """Return an array over the bytes, without a copy where they are aligned.
 
     Raises:
-        InputError: impossible sizes, another number of bytes than they need, or a mask that holds more than 0 and 1.
+        InputError: impossible sizes, or another number of bytes than they need.
     """
     sizes = _sizes(name, shape)
     needed = math.prod(sizes) * dtype.itemsize
     if len(raw) != needed:
         raise InputError(f"input {name} has {len(raw)} bytes, and {needed} are needed for {list(sizes)} {dtype}")
-    if dtype == np.bool_ and needed and (largest := int(np.frombuffer(raw, np.uint8).max())) > 1:
-        raise InputError(f"input {name}: a mask must hold 0 and 1 alone, and its largest is {largest}")
     # Inside a body a tensor begins at any byte.
     return np.require(_shaped(name, np.frombuffer(raw, dtype), sizes), requirements="A")
 

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 from servers import PATIENCE_S, Server, cpp_serve, free_ports
+from test_serving import by_grpc
 from test_session import make
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
+from tritonclient.utils import InferenceServerException
 
 import bca_deploy
 from bca_deploy.bundle import Bundle
@@ -145,6 +147,29 @@ def test_refusals_have_the_sessions_words_and_the_next_call_works(
     with pytest.raises(InputError, match=message):
         remote(**inputs | change)
     assert len(remote(**inputs)) == 2
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"mask": np.full((1, 4), 255, np.uint8).view(bool)}, "input mask: a bool is one byte of 0 or 1, and here is one of 255"),
+    ({"context_mask": np.full((1, 3), 2, np.uint8).view(bool)}, "input context_mask: a bool is one byte of 0 or 1, and here"),
+    ({"x": np.zeros((1, 2049, 24), np.float32)}, "allowed 1 to 2048; a sequence cannot be cut, as each row attends to all of"),
+    ({"x": np.zeros((1, 0, 24), np.float32)}, "allowed 1 to 2048; nothing attends to an empty sequence; leave its entry out"),
+])  # fmt: skip
+def test_every_server_says_by_itself_what_would_give_other_numbers(
+    server: Server, change: dict[str, np.ndarray], message: str
+) -> None:
+    """Asked by a client that looks at nothing."""
+    with pytest.raises(InferenceServerException) as refused:
+        by_grpc(server, make(1, 4, 3, masked=False) | change)
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert message in refused.value.message()
+    assert len(by_grpc(server, make(1, 4, 3))) == 2
+
+
+def test_a_mask_of_other_bytes_is_refused_before_it_is_sent(remote: RemoteSession) -> None:
+    mask = np.full((1, 4), 255, np.uint8).view(bool)
+    with pytest.raises(InputError, match=r"^input mask: a bool is one byte of 0 or 1, and here is one of 255; write 1 where"):
+        remote(**make(1, 4, 3, masked=False) | {"mask": mask})
 
 
 def test_a_model_that_is_not_there_is_named(server: Server) -> None:

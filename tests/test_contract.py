@@ -19,7 +19,7 @@ DIMS = Dims(batch=DimRange(1, 2, 4), x_len=DimRange(2, 8, 16), context_len=DimRa
 def contract(bias: Bias = "none", masks: bool = True, dtype: str = "float32") -> Contract:
     axes = Interface(masks, masks, bias).inputs(make_spec())
     kinds = {name: "bool" if name.endswith("mask") else dtype for name in axes}
-    return Contract([TensorEntry(name=n, dtype=kinds[n], axes=a) for n, a in axes.items()], DIMS, advice="cut it")  # type: ignore[arg-type]
+    return Contract([TensorEntry(name=n, dtype=kinds[n], axes=a) for n, a in axes.items()], DIMS)  # type: ignore[arg-type]
 
 
 def pair(batch: int = 2, x_len: int = 5, context_len: int = 3, dtype: str = "float32") -> dict[str, Any]:
@@ -45,7 +45,10 @@ def test_every_size_in_range_passes_and_masks_left_out_are_all_true(batch: int, 
         ({"contxt": np.ones(2)}, r"the model has no input 'contxt' \(did you mean 'context'\?\)"),
         ({"x": np.ones((5, 24), np.float32)}, r"input x has 2 axes \[5, 24\], and needs 3: \[batch, x_len, 24\]"),
         ({"x": np.ones((2, 5, 23), np.float32)}, r"input x: axis 2 is 23, and must be 24: \[batch, x_len, 24\]"),
-        ({"x": np.ones((2, 17, 24), np.float32)}, r"input x: axis 1 \(x_len\) is 17, allowed 2 to 16; cut it"),
+        (
+            {"x": np.ones((2, 17, 24), np.float32)},
+            r"input x: axis 1 \(x_len\) is 17, allowed 2 to 16; a sequence cannot be cut, as each row",
+        ),
         ({"x": np.ones((2, 0, 24), np.float32)}, r"input x: axis 1 \(x_len\) is 0, allowed 2 to 16"),
         ({"x": np.ones((0, 5, 24), np.float32)}, r"input x: axis 0 \(batch\) is 0, allowed 1 to 4"),
         ({"context": np.ones((3, 3, 16), np.float32)}, r"input context: axis 0 \(batch\) is 3, but x has 2; they must agree"),
@@ -83,6 +86,18 @@ def test_cast_never_turns_a_number_into_infinity() -> None:
     loud["x"] = loud["x"] * 1e5
     with pytest.raises(InputError, match=r"input x holds 1e\+05, more than float16 can; scale it down"):
         contract(dtype="float16").check(loud, cast=True)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["contiguous", "a view"])
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_a_mask_of_other_bytes_is_refused_also_in_shapes_seen_before(byte: int, turned: bool) -> None:
+    subject, bytes_ = contract(), np.ones((5, 2), np.uint8) if turned else np.ones((2, 5), np.uint8)
+    bytes_[-1, -1] = byte
+    mask = bytes_.T.view(bool) if turned else bytes_.view(bool)
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"^input mask: a bool is one byte of 0 or 1, and here is one of {byte}; write 1 "):
+            subject.check(pair() | {"mask": mask})
+        subject.check(pair() | {"mask": np.ones((2, 5), bool)})
 
 
 def test_a_mask_of_other_integers_is_refused_even_with_cast() -> None:

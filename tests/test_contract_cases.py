@@ -21,14 +21,15 @@ def dims(given: dict[str, Any]) -> Dims:
 
 
 def array(given: dict[str, Any]) -> np.ndarray:
-    return np.full(given["shape"], given.get("fill", 1), given.get("dtype", "float32"))
+    fill, dtype = given.get("fill", 1), given.get("dtype", "float32")
+    return np.full(given["shape"], fill, "uint8").view(bool) if dtype == "bool" else np.full(given["shape"], fill, dtype)
 
 
 @pytest.mark.parametrize("case", TABLE["cases"], ids=lambda case: case["case"])
 def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
     tensors = [TensorEntry.model_validate(tensor) for tensor in TABLE["models"][case["model"]]]
     profiles = tuple(map(dims, TABLE["profiles"].get(case.get("profiles"), ())))
-    contract = Contract(tensors, dims(TABLE["dims"]), profiles, TABLE["advice"])
+    contract = Contract(tensors, dims(TABLE["dims"] | case.get("dims", {})), profiles)
     given = {name: array(entry) for name, entry in case["inputs"].items()}
     if case["error"] is None:
         ready = contract.check(contract.bind((), given), case.get("cast", False))

@@ -13,12 +13,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from gpu_double import ContextDouble, DeviceTensor, EngineDouble, Machine, machine
 from rounding import assert_same
 from servers import PATIENCE_S
 from test_session import make
 
 import bca_deploy
+from bca_deploy import tensors
 from bca_deploy.bundle import Bundle
 from bca_deploy.engine_backend import engine_runner
 from bca_deploy.errors import BcaError, EngineError, InputError
@@ -135,16 +137,21 @@ def test_sizes_between_the_profiles_are_refused(session: Session, gpu: Machine) 
     before = len(gpu.gpu.allocated)
     hole = (
         r"^no optimization profile of the engine holds batch 1, x_len 17, context_len 4; it has batch 1 to 2, x_len 1 to 16, "
-        r"context_len 1 to 2048; or batch 2 to 8, x_len 1 to 128, context_len 1 to 2048; pad, split the batch, or build the "
-        r"engine with a profile for it$"
+        r"context_len 1 to 2048; or batch 2 to 8, x_len 1 to 128, context_len 1 to 2048; pad and mask the padding, split the "
+        r"batch, or build the engine with a profile for it$"
     )
     with pytest.raises(InputError, match=hole):
         session(**make(1, 17, 4))
     with pytest.raises(InputError, match=hole):
         session(**on_gpu(make(1, 17, 4)))
-    with pytest.raises(InputError, match=r"^input x: axis 1 \(x_len\) is 1000000000, allowed 1 to 128; cut the sequence"):
+    with pytest.raises(
+        InputError, match=r"^input x: axis 1 \(x_len\) is 1000000000, allowed 1 to 128; a sequence cannot be cut, .*; build the"
+    ):
         session(np.broadcast_to(np.float32(0), (1, 10**9, 24)), make(1, 1, 4)["context"])
-    with pytest.raises(InputError, match=r"^input x: axis 1 \(x_len\) is 100000000000, allowed 1 to 128; cut the sequence"):
+    with pytest.raises(
+        InputError,
+        match=r"^input x: axis 1 \(x_len\) is 100000000000, allowed 1 to 128; a sequence cannot be cut, .*; build the",
+    ):
         session(np.broadcast_to(np.float64(0), (1, 10**11, 24)), make(1, 1, 4)["context"], cast=True)
     assert len(gpu.gpu.allocated) == before
     assert session.metrics().calls == 0  # nothing reached the engine
@@ -191,6 +198,18 @@ def test_run_into_writes_into_the_callers_arrays(session: Session, expected: Any
     same(outputs.values(), expected(**inputs))
 
 
+@pytest.mark.parametrize("of", [lambda array: array, lambda array: DeviceTensor(array, written=True)], ids=["cpu", "gpu"])
+def test_run_into_refuses_outputs_that_overlap_anything(session: Session, of: Any) -> None:
+    inputs, memory = make(2, 5, 5), np.zeros(2 * 5 * (24 + 16), np.float32)
+    given = {name: of(array) for name, array in inputs.items()}
+    out, context_out = memory[:240].reshape(2, 5, 24), memory[240:].reshape(2, 5, 16)
+    with pytest.raises(InputError, match=r"^output out overlaps input x in memory; give each output memory of its own$"):
+        session.run_into(given, {"out": of(inputs["x"]), "context_out": of(context_out)})
+    with pytest.raises(InputError, match=r"^output context_out overlaps output out in memory; "):
+        session.run_into(given, {"out": of(out), "context_out": of(memory[239:399].reshape(2, 5, 16))})
+    session.run_into(given, {"out": of(out), "context_out": of(context_out)})
+
+
 # ---- arrays on the GPU
 
 
@@ -225,6 +244,17 @@ def test_arrays_on_the_gpu_are_checked_like_others(session: Session) -> None:
         session(**inputs | {"x": DeviceTensor(np.zeros((2, 10, 24), np.float32)[:, ::2])})
     with pytest.raises(InputError, match=r"^pair 1: run_many takes arrays on the CPU; call the session"):
         session.run_many([tuple(make(1, 3, 4).values()), tuple(inputs.values())])
+
+
+def test_a_mask_of_other_bytes_is_refused_on_the_cpu_and_made_anew_on_the_gpu(session: Session) -> None:
+    inputs = make(2, 5, 6)
+    mask = (inputs["mask"].astype(np.uint8) * 255).view(bool)
+    with pytest.raises(InputError, match=r"^input mask: a bool is one byte of 0 or 1, and here is one of 255; "):
+        session(**inputs | {"mask": mask})
+    # What torch's tensors on the GPU go through; no GPU is needed to see that bytes come out as 0 and 1.
+    made = tensors._plain(torch.from_numpy(mask))
+    assert made.dtype == torch.bool
+    np.testing.assert_array_equal(made.view(torch.uint8).numpy(), inputs["mask"].astype(np.uint8))
 
 
 def test_a_session_on_the_cpu_takes_no_arrays_of_a_gpu(exported: Bundle) -> None:

@@ -4,13 +4,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import native
 import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import make_checkpoint
 from numpy.typing import NDArray
+from servers import bca_serve, cpp_serve
+from test_serving import by_grpc, by_rest
 
+import bca_deploy
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.lowering import DTYPES, lower
 from bca_deploy.onnx_graph import trace, write
@@ -180,6 +184,64 @@ def test_the_bias_of_padded_pairs_may_hold_anything(index: int, runner_of: Calla
     for value in (np.nan, np.inf, -np.inf, 3e38):
         given = dirty(inputs, value, ("rel_pos_bias",))
         assert verdict(runner_of("RMSNorm first", index, "batch")(given), wanted, inputs, WITHIN[precision]) == "right", value
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a layer without norms."""
+    module = sharp("without norms").module(torch.float32)
+    with bca_deploy.export(module, tmp_path_factory.mktemp("bare") / "model", precision=("fp32", "fp16")) as bundle:
+        return bundle.directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("runs_on", ["python", "c++", "rest", "grpc", "c++ grpc"])
+def test_large_padding_shows_in_no_live_row_whatever_runs_the_bundle(
+    runs_on: str, precision: Precision, bare: Path, tmp_path: Path
+) -> None:
+    inputs, value = clean(), 1e30 if precision == "fp32" else 1e4
+    wanted, given = in_torch(sharp("without norms"), inputs, torch.float64), dirty(inputs, value)
+    if runs_on == "c++ grpc" and precision == "fp16":
+        pytest.skip("the example server has no choice of precision")
+    assert verdict(RUN[runs_on](bare, precision, given, tmp_path), wanted, inputs, WITHIN[precision]) == "right"
+
+
+def by_session(bundle: Path, precision: Precision, given: Arrays, _: Path) -> Arrays:
+    with bca_deploy.open(bundle, precision=precision) as session:
+        return session.run(given)
+
+
+def by_bca_run(bundle: Path, precision: Precision, given: Arrays, directory: Path) -> Arrays:
+    if lacking := native.missing("library"):
+        pytest.skip(f"runtime/ is not built without {', '.join(lacking)}")
+    np.savez(directory / "in.npz", **given)
+    outputs = [word for name in LIVE for word in ("--output", f"{name}={directory / name}.npy")]
+    program = native.build("release") / "bca-run"
+    native.passed([program, bundle, "--precision", precision, "--input", directory / "in.npz", *outputs])
+    return {name: np.load(directory / f"{name}.npy") for name in LIVE}
+
+
+def by_server(ask: Any) -> Any:
+    def run(bundle: Path, precision: Precision, given: Arrays, directory: Path) -> Arrays:
+        with bca_serve(bundle, directory / "log", "--precision", precision) as server:
+            return dict(zip(LIVE, ask(server, given), strict=True))
+
+    return run
+
+
+def by_cpp_server(bundle: Path, _: Precision, given: Arrays, directory: Path) -> Arrays:
+    with cpp_serve(bundle, directory / "log") as server:
+        return dict(zip(LIVE, by_grpc(server, given), strict=True))
+
+
+RUN: dict[str, Callable[[Path, Precision, Arrays, Path], Arrays]] = {
+    "python": by_session,
+    "c++": by_bca_run,
+    "rest": by_server(by_rest),
+    "grpc": by_server(by_grpc),
+    "c++ grpc": by_cpp_server,
+}
 
 
 @pytest.mark.parametrize("index", [2, 4, 7], ids=lambda i: " ".join(FORMS[i][:3]))

@@ -164,11 +164,21 @@ REFUSALS: dict[str, tuple[dict[str, np.ndarray], str]] = {
         {"x": X, "context": CONTEXT, "mask": np.ones((1, 5), bool)},
         "input mask: axis 1 (x_len) is 5, but x has 4; they must agree",
     ),
-    "zero length": ({"x": X[:, :0], "context": CONTEXT}, "input x: axis 1 (x_len) is 0, allowed 1 to 2048"),
-    "too long": ({"x": np.zeros((1, 2049, 24), np.float32), "context": CONTEXT}, "axis 1 (x_len) is 2049, allowed 1 to 2048"),
+    "mask of other bytes": (
+        {"x": X, "context": CONTEXT, "mask": np.full((1, 4), 255, np.uint8).view(bool)},
+        "input mask: a bool is one byte of 0 or 1, and here is one of 255; write 1 where it is true",
+    ),
+    "zero length": (
+        {"x": X[:, :0], "context": CONTEXT},
+        "input x: axis 1 (x_len) is 0, allowed 1 to 2048; nothing attends to an empty",
+    ),
+    "too long": (
+        {"x": np.zeros((1, 2049, 24), np.float32), "context": CONTEXT},
+        "is 2049, allowed 1 to 2048; a sequence cannot be cut, as each row",
+    ),
     "batch": (
         {"x": np.zeros((9, 4, 24), np.float32), "context": np.zeros((9, 3, 16), np.float32)},
-        "input x: axis 0 (batch) is 9, allowed 1 to 8",
+        "input x: axis 0 (batch) is 9, allowed 1 to 8; split the batch, or export again with wider dims",
     ),
 }
 

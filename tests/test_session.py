@@ -113,17 +113,20 @@ def test_bfloat16_of_torch_comes_in_and_goes_out_bit_by_bit(session: Session) ->
     assert_same(session(x, context, cast=True), session(x.float(), context))
 
 
+class Foreign:
+    """An array that speaks DLPack and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
 def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
-    class Foreign:
-        def __init__(self, array: np.ndarray) -> None:
-            self.array = array
-
-        def __dlpack__(self, **options: Any) -> Any:
-            return self.array.__dlpack__(**options)
-
-        def __dlpack_device__(self) -> tuple[int, int]:
-            return self.array.__dlpack_device__()
-
     from bca_deploy.tensors import as_array
 
     inputs = make(2, 5, 3, masked=False)
@@ -145,7 +148,7 @@ def test_views_that_are_not_contiguous_give_the_same(session: Session) -> None:
         (torch.ones(1, 2, 24, device="meta"), r"input x is on meta, where this session does not run; give x.cpu\(\)"),
         (torch.ones(1, 2, 24, dtype=torch.bfloat16), "^input x has dtype bfloat16, and needs float32; cast=True converts it$"),
         (torch.ones(1, 2, 24, dtype=torch.float8_e5m2), r"dtype torch.float8_e5m2, which numpy has not; give x.float\(\)"),
-        (np.ones((1, 4096, 24), np.float32), r"axis 1 \(x_len\) is 4096, allowed 1 to 2048; cut the sequence"),
+        (np.ones((1, 4096, 24), np.float32), r"axis 1 \(x_len\) is 4096, allowed 1 to 2048; a sequence cannot be cut"),
     ],
 )
 def test_what_a_session_cannot_take_is_refused(session: Session, value: Any, message: str) -> None:
@@ -173,6 +176,55 @@ def test_run_into_refuses_arrays_that_do_not_fit(session: Session, change: dict[
     outputs = {"out": np.zeros((2, 5, 24), np.float32), "context_out": np.zeros((2, 3, 16), np.float32)}
     with pytest.raises(InputError, match=message):
         session.run_into(make(2, 5, 3), outputs | change)
+
+
+def test_run_into_refuses_outputs_that_overlap_anything(session: Session) -> None:
+    inputs = make(2, 5, 5)
+    memory = np.zeros(2 * 5 * (24 + 16) + 1, np.float32)
+
+    def refusal(out: Any, context_out: Any, **change: Any) -> str:
+        with pytest.raises(InputError) as error:
+            session.run_into(inputs | change, {"out": out, "context_out": context_out})
+        return str(error.value)
+
+    out, context_out = memory[:240].reshape(2, 5, 24), memory[240:400].reshape(2, 5, 16)
+    advice = " in memory; give each output memory of its own"
+    assert refusal(inputs["x"], context_out) == "output out overlaps input x" + advice
+    assert refusal(out, inputs["context"]) == "output context_out overlaps input context" + advice
+    assert refusal(out, memory[239:399].reshape(2, 5, 16)) == "output context_out overlaps output out" + advice
+    # A part, another dtype, another library's view of the same memory.
+    assert refusal(out, context_out, x=memory[100:340].reshape(2, 5, 24)) == "output out overlaps input x" + advice
+    mask = out.view(np.bool_).reshape(-1)[-10:].reshape(2, 5)
+    assert refusal(out, context_out, mask=mask) == "output out overlaps input mask" + advice
+    assert refusal(torch.from_numpy(inputs["x"]), context_out) == "output out overlaps input x" + advice
+    assert (
+        refusal(out, context_out, context=torch.from_numpy(context_out)) == "output context_out overlaps input context" + advice
+    )
+
+
+def test_run_into_takes_arrays_side_by_side_and_what_is_copied_first(session: Session) -> None:
+    inputs, memory = make(2, 5, 5), np.zeros(2 * 5 * (24 + 16), np.float32)
+    out, context_out = memory[:240].reshape(2, 5, 24), memory[240:].reshape(2, 5, 16)
+    wanted = session(**inputs)
+    session.run_into(inputs, {"out": out, "context_out": context_out})
+    np.testing.assert_allclose(out, wanted[0], atol=1e-6)
+    wide = np.zeros((2, 5, 48), np.float32)
+    wide[..., ::2] = inputs["x"]
+    into = wide.reshape(-1)[:240].reshape(2, 5, 24)
+    session.run_into(inputs | {"x": wide[..., ::2]}, {"out": into, "context_out": context_out})
+    np.testing.assert_allclose(into, wanted[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", [lambda mask: mask, torch.from_numpy, Foreign], ids=["numpy", "torch", "dlpack"])
+def test_a_mask_of_other_bytes_than_0_and_1_is_refused(exported: Bundle, precision: Any, kind: Any) -> None:
+    inputs = make(2, 5, 3)
+    mask = (inputs["mask"].astype(np.uint8) * 255).view(bool)
+    with bca_deploy.open(exported.directory, precision=precision) as session:
+        given = inputs | {"mask": kind(mask)}
+        for call in (lambda: session(**given), lambda: session.run_many([tuple(given.values())])):
+            with pytest.raises(InputError, match="input mask: a bool is one byte of 0 or 1, and here is one of 255"):
+                call()
 
 
 def test_sixteen_threads_of_different_shapes_never_mix_results(session: Session) -> None:

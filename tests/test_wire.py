@@ -202,11 +202,6 @@ def test_bytes_after_the_last_tensor_are_refused() -> None:
         rest(entry("x", X), binary=X.tobytes() + b"extra")
 
 
-def test_a_mask_of_other_bytes_than_0_and_1_is_refused() -> None:
-    with pytest.raises(InputError, match="input mask: a mask must hold 0 and 1 alone, and its largest is 7"):
-        wire.from_grpc(grpc("mask", "BOOL", [1, 2], b"\1\7"))
-
-
 def test_bytes_and_values_at_once_are_refused() -> None:
     message = pb.ModelInferRequest(model_name="bca", raw_input_contents=[X.tobytes()])
     tensor = message.inputs.add(name="x", datatype="FP32", shape=X.shape)

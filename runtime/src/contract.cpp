@@ -16,13 +16,14 @@ void check_pointer(const std::string& name, const View& view) {
 
 bool is_optional(const TensorInfo& input) { return input.name == "mask" || input.name == "context_mask"; }
 
-/// A bool that is neither 0 nor 1 is undefined in C++ and in the kernels; numpy cannot make one, other callers can.
+/// A bool that is neither 0 nor 1 is undefined in C++ and in the kernels. On the GPU nobody looks: it would have to be waited for.
 void check_bools(const std::string& name, const View& view) {
   if (view.dtype != DType::Bool || view.memory != Memory::Cpu) return;
   const auto* bytes = static_cast<const std::uint8_t*>(view.data);
   const std::size_t count = count_of(view.shape);
   const auto* bad = std::find_if(bytes, bytes + count, [](std::uint8_t byte) { return byte > 1; });
-  if (bad != bytes + count) throw InputError("input " + name + ": a bool is one byte of 0 or 1, and here is one of " + std::to_string(*bad));
+  if (bad == bytes + count) return;
+  throw InputError("input " + name + ": a bool is one byte of 0 or 1, and here is one of " + std::to_string(*bad) + "; write 1 where it is true");
 }
 
 Tensor all_true(Shape shape) {
@@ -53,8 +54,8 @@ struct Contract::Known {
   }
 };
 
-Contract::Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice, std::vector<Dims> profiles)
-    : inputs_(std::move(inputs)), dims_(dims), advice_(std::move(advice)), profiles_(std::move(profiles)) {
+Contract::Contract(std::vector<TensorInfo> inputs, Dims dims, std::vector<Dims> profiles)
+    : inputs_(std::move(inputs)), dims_(dims), profiles_(std::move(profiles)) {
   for (const TensorInfo& input : inputs_) names_.push_back(input.name);
 }
 
@@ -102,7 +103,9 @@ void Contract::check_profiles(const Sizes& sizes) const {
   for (const Dims& profile : profiles_) allowed.push_back(text::shown(profile));
   throw InputError("no optimization profile of the engine holds batch " + std::to_string(sizes.batch) + ", x_len " + std::to_string(sizes.x_len) +
                    ", context_len " + std::to_string(sizes.context_len) + "; it has " + text::join(allowed, "; or ") +
-                   "; pad, split the batch, or build the engine with a profile for it");
+                   // Padding that no mask tells of would be attended to.
+                   (has("mask") && has("context_mask") ? "; pad and mask the padding, " : "; ") +
+                   "split the batch, or build the engine with a profile for it");
 }
 
 const View* Contract::find(const Inputs& given, const std::string& name) const {
@@ -114,7 +117,7 @@ const View* Contract::find(const Inputs& given, const std::string& name) const {
 
 void Contract::check_names(const Inputs& given) const {
   for (const auto& [name, view] : given) {
-    if (std::find(names_.begin(), names_.end(), name) == names_.end()) {
+    if (!has(name)) {
       throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_));
     }
     if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
@@ -145,10 +148,24 @@ void Contract::check_size(const TensorInfo& input, std::size_t index, std::int64
   const DimRange& allowed = range_of(axis);
   if (!is_in(size, allowed)) {
     throw InputError(where + " (" + axis + ")" + is + ", allowed " + std::to_string(allowed.min) + " to " + std::to_string(allowed.max) +
-                     "; " + advice_);
+                     "; " + way_out(axis, size, allowed));
   }
   known.sizes[axis] = {size, input.name};
 }
+
+/// What to do, and the answers are the same: the entries of a batch are apart, the rows of a sequence are not.
+std::string Contract::way_out(const std::string& axis, std::int64_t size, const DimRange& allowed) const {
+  const bool batch = axis == "batch";
+  const std::string again = profiles_.empty() ? "export again with wider dims" : "build the engine with a profile for it";
+  if (size < 1) return batch ? "an empty batch has nothing to run" : "nothing attends to an empty sequence; leave its entry out";
+  if (size > allowed.max) {
+    return batch ? "split the batch, or " + again : "a sequence cannot be cut, as each row attends to all of the other side; " + again;
+  }
+  if (batch) return "add entries and drop their outputs, or " + again;
+  return has(axis == "x_len" ? "mask" : "context_mask") ? "pad it and mask the padding, or " + again : again;
+}
+
+bool Contract::has(const std::string& name) const { return std::find(names_.begin(), names_.end(), name) != names_.end(); }
 
 const DimRange& Contract::range_of(const std::string& axis) const {
   return axis == "batch" ? dims_.batch : axis == "x_len" ? dims_.x_len : dims_.context_len;

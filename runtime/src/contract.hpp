@@ -23,9 +23,8 @@ struct Ready {
 
 class Contract {
  public:
-  /// `advice`: what to do where a size is refused; goes into the error. `profiles`: the combinations of sizes, where not every
-  /// one within `dims` will do.
-  Contract(std::vector<TensorInfo> inputs, Dims dims, std::string advice, std::vector<Dims> profiles = {});
+  /// `profiles`: the combinations of sizes, where not every one within `dims` will do.
+  Contract(std::vector<TensorInfo> inputs, Dims dims, std::vector<Dims> profiles = {});
 
   /// Throws InputError, naming the input, the axis, what it got, what is allowed and the way out.
   Ready check(const Inputs& given, bool cast) const;
@@ -42,11 +41,12 @@ class Contract {
   void check_shape(const TensorInfo& input, const Shape& shape, Known& known) const;
   void check_size(const TensorInfo& input, std::size_t index, std::int64_t size, Known& known) const;
   const DimRange& range_of(const std::string& axis) const;
+  std::string way_out(const std::string& axis, std::int64_t size, const DimRange& allowed) const;
+  bool has(const std::string& name) const;
 
   std::vector<TensorInfo> inputs_;
   std::vector<std::string> names_;
   Dims dims_;
-  std::string advice_;
   std::vector<Dims> profiles_;
 };
 

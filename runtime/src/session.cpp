@@ -11,8 +11,6 @@
 namespace bca {
 namespace {
 
-constexpr const char* kAdvice = "cut the sequence into pieces, or export again with wider dims";
-
 constexpr std::uintptr_t kGpuAlignment = 256;  // what TensorRT asks of addresses
 
 std::vector<std::string> names_in(const OutputViews& outputs) {
@@ -107,7 +105,7 @@ Session Session::open(const std::filesystem::path& path, const Options& options)
   if (options.contexts < 1) throw InputError("contexts is " + std::to_string(options.contexts) + "; it must be at least 1");
   Bundle bundle = open_bundle(path, options.verify);
   auto [runner, explanation] = choose(bundle, options);
-  Contract contract(runner->info.inputs, runner->info.dims, kAdvice, runner->info.profiles);
+  Contract contract(runner->info.inputs, runner->info.dims, runner->info.profiles);
   return Session(std::unique_ptr<State>(new State{std::move(bundle), std::move(runner), std::move(explanation), std::move(contract)}));
 }
 

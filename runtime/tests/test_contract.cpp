@@ -35,12 +35,15 @@ std::vector<bca::TensorInfo> model(const std::string& name) {
 
 bca::Dims dims(const json& given) { return {range(given["batch"]), range(given["x_len"]), range(given["context_len"])}; }
 
-bca::Contract contract(const std::string& name, const std::string& profiles = "") {
+/// `changes`: dims other than the table's.
+bca::Contract contract(const std::string& name, const std::string& profiles = "", const json& changes = json::object()) {
   std::vector<bca::Dims> each;
   if (!profiles.empty()) {
     for (const json& profile : table()["profiles"][profiles]) each.push_back(dims(profile));
   }
-  return {model(name), dims(table()["dims"]), table()["advice"], each};
+  json sizes = table()["dims"];
+  sizes.update(changes);
+  return {model(name), dims(sizes), each};
 }
 
 template <typename T> void set_all(bca::Tensor& array, T value) {
@@ -71,7 +74,7 @@ TEST_P(ContractTable, TakesOrRefusesInTheTablesWords) {
   arrays.reserve(8);
   bca::Inputs inputs;
   for (const auto& [name, entry] : given["inputs"].items()) inputs.emplace_back(name, arrays.emplace_back(array(entry)));
-  const auto check = [&] { return contract(given["model"], given.value("profiles", "")).check(inputs, given.value("cast", false)); };
+  const auto check = [&] { return contract(given["model"], given.value("profiles", ""), given.value("dims", json::object())).check(inputs, given.value("cast", false)); };
   if (!given["error"].is_null()) {
     EXPECT_EQ(message_of<bca::InputError>(check), given["error"].get<std::string>());
     return;
@@ -115,7 +118,7 @@ TEST(Contract, ANullPointerIsRefused) {
   };
   EXPECT_HAS(refused(bca::DType::Float32, 5), "input x has no memory: its pointer is null");
   EXPECT_HAS(refused(bca::DType::Float64, 5), "input x has no memory: its pointer is null");
-  EXPECT_EQ(refused(bca::DType::Float32, 0), "input x: axis 1 (x_len) is 0, allowed 2 to 16; cut it");  // an empty vector's
+  EXPECT_EQ(refused(bca::DType::Float32, 0), "input x: axis 1 (x_len) is 0, allowed 2 to 16; nothing attends to an empty sequence; leave its entry out");  // an empty vector's
 }
 
 TEST(Contract, ABoolThatIsNeitherZeroNorOneIsRefused) {
@@ -123,7 +126,7 @@ TEST(Contract, ABoolThatIsNeitherZeroNorOneIsRefused) {
   bca::Tensor mask = bca::Tensor::zeros(bca::DType::Bool, {2, 5});
   static_cast<unsigned char*>(mask.data())[7] = 255;
   const auto check = [&] { contract("masks").check({{"x", x}, {"context", context}, {"mask", mask}}, false); };
-  EXPECT_EQ(message_of<bca::InputError>(check), "input mask: a bool is one byte of 0 or 1, and here is one of 255");
+  EXPECT_EQ(message_of<bca::InputError>(check), "input mask: a bool is one byte of 0 or 1, and here is one of 255; write 1 where it is true");
 }
 
 TEST(Contract, NegativeAndEndlessSizesAreRefused) {

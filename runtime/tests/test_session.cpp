@@ -120,7 +120,7 @@ TEST(Session, WarmupRunsTheOptimalSizesOrThoseGiven) {
   const Session session = Session::open(support::kFixture, on_cpu());
   session.warmup();
   session.warmup({{1, 2, 3}, {4, 16, 16}});
-  EXPECT_HAS(message_of<bca::InputError>([&] { session.warmup({{1, 17, 3}}); }), "input x: axis 1 (x_len) is 17, allowed 1 to 16; cut the sequence into pieces");
+  EXPECT_HAS(message_of<bca::InputError>([&] { session.warmup({{1, 17, 3}}); }), "input x: axis 1 (x_len) is 17, allowed 1 to 16; a sequence cannot be cut");
 }
 
 TEST(Session, SizesAreCheckedBeforeMemoryIsAskedFor) {
