@@ -173,7 +173,7 @@ def test_a_failing_runtime_is_a_finding(right: Subject, monkeypatch: pytest.Monk
 
 def outline(verdict: Verdict) -> list[tuple[object, ...]]:
     """What a verdict says, but for the figures: PyTorch and onnxruntime may give other bits at every call."""
-    return [(r.name, r.family, r.sharpness, r.runtime, list(r.regions), r.failures) for r in verdict.results]
+    return [(r.case, r.family, r.sharpness, r.runtime, list(r.regions), r.failures) for r in verdict.results]
 
 
 def test_the_report_has_the_same_cases_and_the_same_outcome_every_time(right: Subject) -> None:
