@@ -128,9 +128,10 @@ def swapped_masks(right: Any) -> Any:
     def forward(
         self: Any, x: Tensor, context: Tensor, mask: Any = None, context_mask: Any = None, rel_pos_bias: Any = None
     ) -> Any:
-        # Cut or filled up with the right one where the lengths differ: as they are, others than equal ones would not even run.
-        x_mask = torch.cat([context_mask, mask], 1)[:, : x.shape[1]]
-        other = torch.cat([mask, context_mask], 1)[:, : context.shape[1]]
+        # Cut or filled up with its last entry where the lengths differ: as they are, others than equal ones would not even run.
+        rows, columns = torch.arange(x.shape[1]), torch.arange(context.shape[1])
+        x_mask = context_mask[:, torch.minimum(rows, columns[-1])]
+        other = mask[:, torch.minimum(columns, rows[-1])]
         return right(self, x, context, x_mask, other, rel_pos_bias)
 
     return forward
