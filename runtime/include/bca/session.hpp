@@ -80,7 +80,8 @@ class BCA_API Session {
   /// [B, heads, N, M] where the model gives them.
   ///
   /// inputs: x [B, N, dim], context [B, M, context_dim], and where the model has them mask [B, N] and context_mask [B, M]
-  /// (bool, true where a position is real; all true where left out) and rel_pos_bias. On the CPU nothing is copied.
+  /// (bool, bytes of 0 and 1, true where a position is real; all true where left out) and rel_pos_bias. On the CPU nothing is
+  /// copied. What padding holds shows in no live row: docs/padding.md.
   /// Throws InputError before anything is run, EngineError where the run fails.
   Outputs run(const Inputs& inputs, const RunOptions& options = {}) const;
 
