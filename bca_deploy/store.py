@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +34,9 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
     with _parents(out.parent), _locked(out):
         _remove_leftovers(out)
         check_target(out, force)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        try:
+        staging = out.parent / f".{out.name}.partial-{uuid.uuid4().hex}"
+        try:  # from here on: a signal may come between any two lines
+            staging.mkdir(mode=0o700)
             yield staging
             _publish(staging, out)
         finally:
