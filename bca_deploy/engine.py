@@ -74,7 +74,8 @@ def _process(request: Request, printed: Path) -> Iterator[tuple[subprocess.Popen
             stdout=sink,
             stderr=subprocess.STDOUT,
             pass_fds=[writer],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # Unbuffered, or what it printed would come after what it died of.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"},
         )
     os.close(writer)
     try:

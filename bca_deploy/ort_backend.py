@@ -1,5 +1,6 @@
 """onnxruntime as a backend: the CPU, or a GPU through its CUDA and TensorRT providers."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def onnxruntime() -> Any:
     Raises:
         MissingDependencyError: it is not installed; the message holds the pip command.
     """
+    # Else it keeps an id of the machine in the home directory, warns on standard error where it cannot, as in a container, and
+    # reports to its maker. Who wants that sets the variable.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return import_module("onnxruntime")
     except ImportError:

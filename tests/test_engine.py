@@ -237,7 +237,10 @@ def test_a_builder_killed_from_outside_points_to_memory(request_: Request, child
     assert "give the machine more, or narrow the profile; " in message
 
 
-def test_a_builder_that_fails_before_it_can_say_so_shows_what_it_printed(request_: Request, children: Children) -> None:
+def test_a_builder_that_fails_before_it_can_say_so_shows_what_it_printed(
+    request_: Request, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     children.instead("print('first'); sys.exit('libcudart.so is missing')")
     message = refusal(children, request_)
     assert message.startswith("the builder failed (exit code 1): libcudart.so is missing; ")

@@ -211,6 +211,11 @@ def test_the_selftest_passes_and_an_output_out_of_bounds_exits_1(bca_run: Path, 
     assert re.match(r"error: self-test fp32/dead-rows: context_out is off by \S+, allowed 0; ", done.stderr)
 
 
+def test_nothing_is_said_where_the_home_directory_cannot_be_written(bca_run: Path) -> None:
+    done = native.run([bca_run, FIXTURE, "--selftest"], HOME="/proc/nowhere", XDG_CACHE_HOME="/proc/nowhere")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_bench_prints_ordered_percentiles_as_json(bca_run: Path) -> None:
     shown = json.loads(passed([bca_run, FIXTURE, "--bench", "--repeat", "50", "--shape", "2x8x8"]))
     assert shown["runs"] == 50

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -540,6 +541,14 @@ with bca_deploy.open(sys.argv[1]) as session:
 print(out.shape, [name for name in ("torch", "onnx") if name in sys.modules])
 """
     assert run_without(tuple(n for n in HEAVY if n != "onnxruntime"), script, exported.directory).stdout == "(1, 3, 24) []\n"
+
+
+def test_opening_and_running_say_nothing_where_the_home_directory_cannot_be_written(exported: Bundle) -> None:
+    script = f"import bca_deploy; bca_deploy.open({str(exported.directory)!r}).selftest()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment | {"HOME": "/proc/nowhere"})
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_thousands_of_calls_need_no_more_memory_than_one_thousand(exported: Bundle) -> None:

@@ -13,6 +13,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
+#include <cstdlib>
 #include <iostream>
 #include <map>
 #include <mutex>
@@ -311,6 +312,7 @@ int serve(const Settings& settings) {
 }  // namespace
 
 int main(int count, char** values) {
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // else ONNX Runtime writes an id into the home directory, or warns that it cannot
   try {
     return serve(settings_from(std::vector<std::string>(values + 1, values + count)));
   } catch (const std::exception& error) {

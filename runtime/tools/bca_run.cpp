@@ -205,6 +205,7 @@ void work(const Arguments& all) {
 }  // namespace
 
 int main(int count, char** values) {
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // else ONNX Runtime writes an id into the home directory, or warns that it cannot
   try {
     const std::vector<std::string> words(values + 1, values + count);
     if (words.empty() || std::find(words.begin(), words.end(), "--help") != words.end()) {
