@@ -1,6 +1,9 @@
 """onnxruntime as a backend: the CPU, or a GPU through its CUDA and TensorRT providers."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from bca_deploy.spec import Dims
 
 Array = NDArray[Any]
 
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
 
 def onnxruntime() -> Any:
     """Return the onnxruntime module.
@@ -26,13 +31,28 @@ def onnxruntime() -> Any:
     Raises:
         MissingDependencyError: it is not installed; the message holds the pip command.
     """
-    # Else it keeps an id of the machine in the home directory, warns on standard error where it cannot, as in a container, and
-    # reports to its maker. Who wants that sets the variable.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
-        return import_module("onnxruntime")
+        with _unreported():
+            return import_module("onnxruntime")
     except ImportError:
         raise missing("onnxruntime", "cpu") from None
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Have onnxruntime imported without telemetry, unless the variable is set: it reads it at that moment alone.
+
+    Else it keeps an id of the machine in the home directory, warns where it cannot, as in a container, and reports home.
+    The environment is the caller's: it is left as it was.
+    """
+    if "onnxruntime" in sys.modules or _TELEMETRY in os.environ:
+        yield
+        return
+    os.environ[_TELEMETRY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_TELEMETRY, None)
 
 
 def providers() -> list[str]:

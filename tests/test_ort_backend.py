@@ -1,5 +1,8 @@
 """onnxruntime as a backend: what its GPU providers are told, and arrays that stay where they are. Their work is a GPU's."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,14 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(exported: Bundle, ort: Ort) 
         "out": "cuda",
         "context_out": "cuda",
     }
+
+
+def test_onnxruntime_reports_nothing_and_the_environment_stays_as_it_was(tmp_path: Path, repository: Path) -> None:
+    model = repository / "tests" / "fixtures" / "format1" / "models" / "fp32.onnx"
+    code = (
+        "import os; before = dict(os.environ); from bca_deploy.ort_backend import onnxruntime; ort = onnxruntime();"
+        f"ort.InferenceSession({str(model)!r}, providers=['CPUExecutionProvider']); assert dict(os.environ) == before"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    subprocess.run([sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []
