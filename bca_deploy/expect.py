@@ -96,7 +96,7 @@ def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
     truth, largest = true_outputs(checkpoint.module(torch.float64), inputs, interface)
     evaluations = (run_module, run_in_order) if in_order_affordable(inputs, checkpoint.spec) else (run_module,)
     peers = [evaluate(checkpoint.module(dtype), inputs, interface, dtype) for evaluate in evaluations]
-    slack = roundoff_slack(precision, largest)
+    slack = roundoff_slack(checkpoint.spec, precision, largest)
     for name, true in truth.items():
         if name not in arrays:
             continue

@@ -79,7 +79,7 @@ class Yardstick:
             self._changes.append(self._change(inputs, truth))
         evaluations = (run_module, run_in_order) if in_order else (run_module,)
         peers = [evaluate(rounded, inputs, self.interface, DTYPES[self.precision]) for evaluate in evaluations]
-        return Trial(truth, peers, live_rows(inputs, truth), roundoff_slack(self.precision, largest_logit))
+        return Trial(truth, peers, live_rows(inputs, truth), roundoff_slack(self.spec, self.precision, largest_logit))
 
     def weight_rounding(self) -> float:
         """Return the RMS change of the outputs, relative, that rounding the weights makes in the first cases."""
