@@ -5,8 +5,8 @@ summed in order (in_order.py). The rule has no tolerance to tune; docs/parity.md
 
 - pooled: over each family of cases the RMS error is at most 1.5 times the measure's, more where the pool is small;
 - per case: the largest error is at most ``2 * the measure's largest + (4u(1 + L) + u32 * sqrt(K / 6)) * max|truth|``: L is the
-  largest live |logit| that carries weight (rounding one of size L moves the attention by about ``u * L``), u32 is float32's unit
-  roundoff, and K the layer's widest dot product (trial.py).
+  largest live |logit| that carries weight (rounding one of size L moves the attention by about ``u * L``), u32 is the unit
+  roundoff of float32, and K the layer's widest dot product (trial.py).
 
 Only what does not pass beside eager alone is summed in order and held against the worse of both. NaN and Inf never pass. Live
 and dead rows are judged apart. Truth is the reference layer in float64 on the same rounded weights; what rounding the weights
