@@ -288,7 +288,7 @@ def test_a_refit_that_stops_halfway_leaves_the_bundle_as_it_was(
 
 
 def test_weights_that_fail_parity_do_not_get_in(engined: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "judge", lambda *arguments: plain_verdict(failures=("wrong by 7",)))
+    monkeypatch.setattr(pipeline, "judge", lambda *arguments, **options: plain_verdict(failures=("wrong by 7",)))
     with untouched(engined.parent):
         refused(bca("refit", engined, "--checkpoint", files / "new.safetensors", "--drop-expect"), "wrong by 7", code=1)
 
