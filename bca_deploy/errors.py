@@ -68,6 +68,11 @@ def check_one_of(what: str, value: object, allowed: Iterable[str]) -> None:
         raise InputError(f"{what} {value!r} is not known{nearest(str(value), names)}; allowed: {', '.join(names)}")
 
 
+def first_said(texts: Iterable[str], otherwise: str) -> str:
+    """Return the first line of them that is not blank."""
+    return next((line.strip() for text in texts for line in text.splitlines() if line.strip()), otherwise)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

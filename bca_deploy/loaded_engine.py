@@ -17,7 +17,7 @@ from bca_deploy import nvidia
 from bca_deploy.bundle import reading
 from bca_deploy.contract import numpy_dtype
 from bca_deploy.engines import DTYPES
-from bca_deploy.errors import EngineError
+from bca_deploy.errors import EngineError, first_said
 from bca_deploy.files import replacing
 from bca_deploy.profiles import Ranges, Shapes
 from bca_deploy.spec import EngineLibrary
@@ -55,8 +55,7 @@ class Said(threading.local):
 
     def reason(self) -> str:
         """Return the first of them."""
-        said = (line.strip() for text in self.lines for line in text.splitlines())
-        return next(filter(None, said), "the library gives no reason")
+        return first_said(self.lines, "the library gives no reason")
 
 
 class LoadedEngine:
