@@ -54,7 +54,7 @@ class ParityError(BcaError):
 
 def first_line(error: Exception) -> str:
     """Return the first line with text of what a library raised; its class and arguments where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    return first_said([str(error)], repr(error))
 
 
 def check_one_of(what: str, value: object, allowed: Iterable[str]) -> None:
