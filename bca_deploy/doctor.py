@@ -10,6 +10,7 @@ from typing import Any
 from bca_deploy import nvidia
 from bca_deploy.errors import MissingDependencyError
 from bca_deploy.gpus import Gpus, query
+from bca_deploy.ort_backend import onnxruntime
 from bca_deploy.spec import EngineLibrary
 
 
@@ -64,7 +65,7 @@ def _torch(torch: Any) -> str:
 def _onnxruntime(gpus: Gpus) -> Finding:
     enables = "running the ONNX models, parity"
     try:
-        ort = import_module("onnxruntime")
+        ort = onnxruntime()
     except (ImportError, OSError):
         extra = "gpu" if gpus.found else "cpu"
         return Finding("onnxruntime", False, "", enables, f"pip install 'bca-deploy[{extra}]'")

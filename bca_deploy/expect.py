@@ -50,6 +50,8 @@ def _read_npz(path: Path) -> Arrays:
         allowed = ["bool"] if name.endswith("mask") else list(_PRECISIONS)
         if array.dtype.name not in allowed:
             raise InputError(f"{path}: {name} has dtype {array.dtype}; allowed: {', '.join(allowed)}")
+        if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:  # a view of other bytes, as it was saved
+            raise InputError(f"{path}: {name} holds a byte that is neither 0 nor 1; save it as (mask != 0)")
     return arrays
 
 

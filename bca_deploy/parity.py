@@ -146,8 +146,7 @@ def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -
 def refuse_undefined_rows(inputs: Mapping[str, Array], precision: Precision = "fp32") -> None:
     """Refuse a bias of -inf, or of the precision's lowest number, on every live key of a live row.
 
-    There PyTorch attends to the masked keys too (their fill is no lower than the bias), which no caller can mean; the fused
-    graph gives NaN, or attends to the live keys alone.
+    There PyTorch attends to the masked keys too (their fill is no lower than the bias), which no caller can mean.
 
     Raises:
         InputError: naming the first such row.

@@ -876,6 +876,10 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "narrow": ({"x": np.ones((2, 9, 23), np.float32)}, r"x has shape \(2, 9, 23\), needs \[batch, length, 24\]"),
     "flat": ({"context": np.ones((4, 16), np.float32)}, r"context has shape \(4, 16\), needs \[batch, length, 16\]"),
     "mask of floats": ({"mask": np.ones((2, 9), np.float32)}, "mask has dtype float32; allowed: bool"),
+    "mask of other bytes": (
+        {"mask": np.full((2, 9), 255, np.uint8).view(bool)},
+        "mask holds a byte that is neither 0 nor 1; save it as",
+    ),
     "whole numbers": ({"x": np.ones((2, 9, 24), np.int64)}, "x has dtype int64; allowed: float16, float32, float64"),
     "objects": ({"x": np.array([None, 1])}, r"bad\.npz is not a readable \.npz or \.npy of plain arrays"),
     "other batch": ({"context": np.ones((3, 4, 16), np.float32)}, "inputs do not fit together"),
