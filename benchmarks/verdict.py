@@ -88,6 +88,9 @@ def alarms(options: argparse.Namespace) -> None:
         judge_right_layers(SETTINGS[options.only[0]], options)
         return
     for setting in (SETTINGS[name] for name in options.only or SETTINGS):
+        if not runs_here(setting):
+            print(f"{setting.name}: left out, this processor has no such instructions")
+            continue
         command = [sys.executable, __file__, "alarms", "--only", setting.name, "--layers", str(options.layers)]
         command += ["--first-seed", str(options.first_seed), "--workers", str(options.workers), "--share"]
         environment = os.environ | setting.variables
@@ -95,6 +98,12 @@ def alarms(options: argparse.Namespace) -> None:
         if max(share.wait() for share in shares):
             sys.exit(f"{setting.name}: a worker failed")
     tables(options)
+
+
+def runs_here(setting: Setting) -> bool:
+    """Whether the processor has the instructions: PyTorch takes the variable's word for it, and would die."""
+    needed = {"avx2": "avx2", "avx512": "avx512vl"}.get(setting.variables.get("ATEN_CPU_CAPABILITY", ""))
+    return needed is None or needed in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
 
 
 def judge_right_layers(setting: Setting, options: argparse.Namespace) -> None:
