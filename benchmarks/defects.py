@@ -215,17 +215,20 @@ def _tf32(t: Tensor) -> Tensor:
 
 
 def half_accumulation(right: Any) -> Any:
-    """The output projection adds up quarters of its terms in float16."""
+    """The output projection adds up quarters of its terms with float16's eleven bits.
+
+    Not as float16: onnxruntime on the CPU would add in float32 and drop the casts.
+    """
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if self.bias is None:
             return right(self, x)
         quarter = x.shape[-1] // 4
         pieces = [slice(i * quarter, (i + 1) * quarter if i < 3 else None) for i in range(4)]
-        weight, total = _unfolded(self.weight, x), _unfolded(self.bias, x).half()
+        weight, total = _unfolded(self.weight, x), _unfolded(self.bias, x)
         for piece in pieces:
-            total = total + (x[..., piece] @ weight[piece]).half()
-        return total.to(x.dtype)
+            total = _tf32(total + x[..., piece] @ weight[piece])
+        return total
 
     return forward
 
@@ -278,7 +281,15 @@ def _needs_epsilon(made: Structure) -> bool:
 DEFECTS = (
     Defect("dead rows zero", lowered_attention, "_mean", zero_mean, both(fused, masked)),
     Defect("dead rows get the mean of the live values", FusedAttention, "_one_way", live_mean, both(fused, masked)),
-    Defect("fill of -10000", FusedAttention, "_key_mask", ten_thousand, both(fused, masked)),
+    Defect(
+        "fill of -10000",
+        FusedAttention,
+        "_key_mask",
+        ten_thousand,
+        both(fused, masked),
+        ("fp32", "bf16"),
+        note="not in fp16: padding's logits are 0 there, and the lowest live ones that PyTorch reaches are -9000",
+    ),
     Defect(
         "fill of -10000, literal graph",
         ReferenceAttention,

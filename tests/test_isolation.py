@@ -79,7 +79,7 @@ def break_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_parity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bca_deploy.parity.make_inputs", lambda *args: 1 / 0)
+    monkeypatch.setattr("bca_deploy.yardstick.make_inputs", lambda *args: 1 / 0)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_zeroed_dead_rows_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # in float16 no logit reaches it: see benchmarks/defects.py
 def test_a_fill_of_minus_ten_thousand_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
     monkeypatch.setattr(lowered_attention.FusedAttention, "_key_mask", ten_thousand(None))
     verdict = judge(subject_of(tmp_path, interface=Interface(), precision=precision), "quick")
