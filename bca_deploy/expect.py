@@ -15,7 +15,7 @@ from bca_deploy.errors import InputError, ParityError, nearest
 from bca_deploy.files import read_arrays
 from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Dims, Interface, LayerSpec, Precision
 from bca_deploy.trial import allowed_error, roundoff_slack
-from bca_deploy.truth import in_order_affordable, run_in_order, run_module, true_outputs
+from bca_deploy.truth import affordable_orders, evaluations, run_module, true_outputs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -96,8 +96,7 @@ def check(arrays: Arrays, checkpoint: Checkpoint) -> None:
     interface = Interface("mask" in arrays, "context_mask" in arrays, "batch", attention_maps="attn" in arrays)
     inputs = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items() if name in INPUT_NAMES}
     truth, largest = true_outputs(checkpoint.module(torch.float64), inputs, interface)
-    evaluations = (run_module, run_in_order) if in_order_affordable(inputs, checkpoint.spec) else (run_module,)
-    peers = [evaluate(checkpoint.module(dtype), inputs, interface, dtype) for evaluate in evaluations]
+    peers = evaluations(checkpoint.module(dtype), inputs, interface, dtype, affordable_orders(inputs, checkpoint.spec))
     slack = roundoff_slack(checkpoint.spec, precision, largest)
     for name, true in truth.items():
         if name not in arrays:

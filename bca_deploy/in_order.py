@@ -1,8 +1,8 @@
-"""A second legitimate evaluation of the reference: the same module with every product summed in order.
+"""Further legitimate evaluations of the reference: the same module with every product summed one term after another.
 
 Floating-point addition does not associate, so one formula has many right answers. PyTorch's libraries add a dot product in
 blocks, onnxruntime and a plain loop one term after another; which comes nearer to the truth depends on the processor and the
-shape. Parity holds a model against the worse of PyTorch eager and this (see parity.py).
+shape. Parity holds a model against the worst of PyTorch eager and these (see parity.py).
 """
 
 import math
@@ -22,32 +22,45 @@ class InOrder(TorchFunctionMode):
     """While this is on, linear layers, 1x1 convolutions and einsums of two operands add their terms one after another.
 
     Sums are float32 whatever comes in and are rounded to its dtype once, at the end, as matrix units do it.
+
+    Args:
+        order: 0 adds the terms as they stand, any other number shuffles them its own way.
     """
+
+    def __init__(self, order: int = 0) -> None:
+        super().__init__()
+        self.order = order
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace what sums products; everything else runs as it is."""
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+        replaced: dict[Callable[..., Any], Callable[..., Any]] = {
+            functional.linear: self._linear,
+            torch.conv2d: self._conv2d,
+            torch.einsum: self._einsum,
+        }
+        return replaced.get(func, func)(*args, **(kwargs or {}))
 
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = self._einsum("rk,ck->rc", x.reshape(-1, x.shape[-1]), weight, bias)
+        return product.reshape(*x.shape[:-1], -1)
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product = _einsum("rk,ck->rc", x.reshape(-1, x.shape[-1]), weight, bias)
-    return product.reshape(*x.shape[:-1], -1)
+    def _conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        """Mix the channels; the reference has kernels of one pixel alone (talking heads)."""
+        return self._einsum("bkhw,ck->bhwc", x, weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
 
-
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """Mix the channels; the reference has kernels of one pixel alone (talking heads)."""
-    return _einsum("bkhw,ck->bhwc", x, weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
-
-
-def _einsum(equation: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``torch.einsum(equation, a, b) + bias``, the one axis that the result lacks summed in order."""
-    operands, result = equation.replace(" ", "").split("->")
-    first, second = operands.split(",")
-    (summed,) = set(first) - set(result)
-    wide = _sums(_aligned(a, first, summed + result), _aligned(b, second, summed + result))
-    return (wide if bias is None else wide + bias.float()).to(a.dtype)
+    def _einsum(self, equation: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``torch.einsum(equation, a, b) + bias``, the one axis that the result lacks summed in order."""
+        operands, result = equation.replace(" ", "").split("->")
+        first, second = operands.split(",")
+        (summed,) = set(first) - set(result)
+        terms, factors = _aligned(a, first, summed + result), _aligned(b, second, summed + result)
+        if self.order:
+            shuffled = torch.randperm(len(terms), generator=torch.Generator().manual_seed(self.order))
+            terms, factors = terms[shuffled], factors[shuffled]
+        wide = _sums(terms, factors)
+        return (wide if bias is None else wide + bias.float()).to(a.dtype)
 
 
 def _aligned(t: Tensor, axes: str, wanted: str) -> Tensor:
@@ -74,10 +87,3 @@ def _halves(t: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         return t, t
     middle = t.shape[axis] // 2
     return t.narrow(axis, 0, middle), t.narrow(axis, middle, t.shape[axis] - middle)
-
-
-_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
-    functional.linear: _linear,
-    torch.conv2d: _conv2d,
-    torch.einsum: _einsum,
-}

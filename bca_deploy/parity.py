@@ -1,16 +1,17 @@
 """Is the exported model the same function? Measured against float64, beside PyTorch at the same precision.
 
-The measure is the worse of two legitimate evaluations of the reference layer: PyTorch eager, and the same with every product
-summed in order (in_order.py). The rule has no tolerance to tune; docs/parity.md derives it. With u the unit roundoff:
+The measure is the worst of several legitimate evaluations of the reference layer: PyTorch eager, and the same with every
+product summed in order (in_order.py), as the terms stand or shuffled. The rule has no tolerance to tune; docs/parity.md derives
+it. With u the unit roundoff:
 
 - pooled: over each family of cases the RMS error is at most 1.5 times the measure's, more where the pool is small;
 - per case: the largest error is at most ``2 * the measure's largest + (4u(1 + L) + u32 * sqrt(K / 6)) * max|truth|``: L is the
   largest live |logit| that carries weight (rounding one of size L moves the attention by about ``u * L``), u32 is the unit
   roundoff of float32, and K the layer's widest dot product (trial.py).
 
-Only what does not pass beside eager alone is summed in order and held against the worse of both. NaN and Inf never pass. Live
-and dead rows are judged apart. Truth is the reference layer in float64 on the same rounded weights; what rounding the weights
-does is reported beside it.
+Only what does not pass beside eager alone is summed in order, and only what does not pass then in eight orders. NaN and Inf
+never pass. Live and dead rows are judged apart. Truth is the reference layer in float64 on the same rounded weights; what
+rounding the weights does is reported beside it.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ from bca_deploy.runners import Runner, at_edges, ort_runner, sharpened_copy, str
 from bca_deploy.spec import Dims, Interface, Precision
 from bca_deploy.trial import Trial
 from bca_deploy.truth import (
-    in_order_affordable,
+    ORDERS,
+    affordable_orders,
     masks_of,
 )
 from bca_deploy.verdict import OWN_INPUTS, CaseResult, Group, Verdict, in_doubt, pool, problems
@@ -102,18 +104,19 @@ def judge(
     return verdict if runtimes is None else replace(verdict, notes=())  # the notes are about the CPU's runtimes
 
 
-def _run_all(bench: "_Bench", cases: list[Case], on_case: Callable[[int, int], None]) -> Iterable[CaseResult]:
-    """Run the cases beside eager, and those in doubt once more beside both evaluations."""
+def _run_all(bench: "_Bench", cases: list[Case], on_case: Callable[[int, int], None]) -> list[CaseResult]:
+    """Run the cases beside eager, and those in doubt once more beside more evaluations."""
     found: dict[Case, list[CaseResult]] = {}
-    for done, case in enumerate(cases, 1):
-        found[case] = bench.run(case)
-        on_case(done, len(cases))
-    doubtful = in_doubt(result for results in found.values() for result in results)
-    again = [case for case in cases if (case.family, case.sharpness) in doubtful]
-    for done, case in enumerate(again, len(cases) + 1):
-        found[case] = bench.run(case, in_order=True)
-        on_case(done, len(cases) + len(again))
-    return (result for results in found.values() for result in results)
+    done, again = 0, cases
+    for orders in (0, 1, ORDERS):
+        for at, case in enumerate(again, done + 1):
+            found[case] = bench.run(case, orders)
+            on_case(at, done + len(again))
+        done += len(again)
+        results = [result for results in found.values() for result in results]
+        doubtful = in_doubt(results)
+        again = [case for case in cases if (case.family, case.sharpness) in doubtful]
+    return results
 
 
 def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -> Verdict:
@@ -135,10 +138,10 @@ def judge_inputs(subject: Subject, samples: Mapping[str, Mapping[str, Array]]) -
         for name, sample in samples.items():
             refuse_undefined_rows(sample, subject.precision)
             inputs = _rounded(sample, subject.precision)
-            affordable = in_order_affordable(inputs, subject.checkpoint.spec)
-            if not affordable:
+            orders = affordable_orders(inputs, subject.checkpoint.spec)
+            if not orders:
                 notes.append(f"{name}: too large to be summed in order, judged beside PyTorch eager alone")
-            results += bench.judge(name, OWN_INPUTS, "plain", inputs, bench.yardstick.trial(inputs, in_order=affordable))
+            results += bench.judge(name, OWN_INPUTS, "plain", inputs, bench.yardstick.trial(inputs, orders=orders))
     verdict = _verdict(subject, "inputs", results, bench.yardstick.weight_rounding())
     return replace(verdict, notes=(*verdict.notes, *notes))
 
@@ -194,8 +197,8 @@ class _Bench:
         self.copies.cleanup()
         self.alone.close()
 
-    def run(self, case: Case, in_order: bool = False) -> list[CaseResult]:
-        inputs, trial = self.yardstick.case(case, in_order)
+    def run(self, case: Case, orders: int = 0) -> list[CaseResult]:
+        inputs, trial = self.yardstick.case(case, orders)
         return self.judge(case.name, case.family, case.sharpness, inputs, trial)
 
     def judge(self, name: str, family: str, sharpness: Sharpness, inputs: Arrays, trial: Trial) -> list[CaseResult]:
@@ -258,11 +261,15 @@ def _verdict(subject: Subject, scope: str, results: list[CaseResult], weight_rou
 
 def _settled(groups: tuple[Group, ...]) -> Iterable[str]:
     for group in groups:
-        if group.in_order and group.family != OWN_INPUTS:
+        if group.orders and group.family != OWN_INPUTS:
             yield (
                 f"{group.family} {group.sharpness} under {group.runtime}: in doubt beside PyTorch eager alone, so held "
-                "against the worse of eager and of products summed in order"
+                f"against the {_measure(group.orders)}"
             )
+
+
+def _measure(orders: int) -> str:
+    return "worse of eager and of products summed in order" if orders == 1 else f"worst of eager and of {orders} orders of sums"
 
 
 def _notes(subject: Subject) -> Iterable[str]:

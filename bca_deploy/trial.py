@@ -12,7 +12,7 @@ from bca_deploy.cases import Sharpness
 from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.lowering import DTYPES
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision
-from bca_deploy.truth import mean_square, rounded_checkpoint, run_in_order, run_module, true_outputs
+from bca_deploy.truth import ORDERS, evaluations, mean_square, rounded_checkpoint, true_outputs
 from bca_deploy.verdict import REGIONS, CaseResult, PeerError, Region, RegionError
 
 Array = NDArray[Any]
@@ -76,7 +76,7 @@ class Trial:
             count=relative.size,
             squares=float((relative**2).sum()),
             eager=eager,
-            in_order=in_order[0] if in_order else None,
+            in_order=tuple(in_order),
             mean=float(relative.mean()),
             p99=float(np.quantile(relative, 0.99)),
             max=nearest,
@@ -121,7 +121,7 @@ def truth_and_bounds(
     dtype = DTYPES[precision]
     rounded = rounded_checkpoint(checkpoint, dtype)
     truth, largest = true_outputs(rounded.module(torch.float64), inputs, interface)
-    peers = [run(rounded.module(dtype), inputs, interface, dtype) for run in (run_module, run_in_order)]
+    peers = evaluations(rounded.module(dtype), inputs, interface, dtype, ORDERS)
     slack = roundoff_slack(checkpoint.spec, precision, largest)
     return truth, {name: allowed_error([peer[name] - true for peer in peers], true, slack) for name, true in truth.items()}
 

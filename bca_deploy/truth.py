@@ -1,4 +1,4 @@
-"""The float64 truth of a case, and the two evaluations in PyTorch that stand beside it."""
+"""The float64 truth of a case, and the evaluations in PyTorch that stand beside it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +17,9 @@ from bca_deploy.spec import OUTPUT_NAMES, Interface, LayerSpec, Precision
 
 Array = NDArray[Any]
 
+#: In how many orders products are summed where one is not enough: as the terms stand, and shuffled.
+ORDERS = 8
+
 #: Multiply-adds above which a case is not summed in order: about ten seconds on one core.
 IN_ORDER_WORK = 2e10
 
@@ -34,10 +37,15 @@ def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interf
         return {name: tensor.double().numpy() for name, tensor in zip(OUTPUT_NAMES, module(**tensors, **extra), strict=False)}
 
 
-def run_in_order(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
-    """Do as :func:`run_module` with every product summed in order."""
-    with InOrder():
-        return run_module(module, inputs, interface, dtype)
+def evaluations(
+    module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype, orders: int
+) -> list[dict[str, Array]]:
+    """Return what :func:`run_module` gives in PyTorch eager, and with every product summed in so many orders."""
+    found = [run_module(module, inputs, interface, dtype)]
+    for order in range(orders):
+        with InOrder(order):
+            found.append(run_module(module, inputs, interface, dtype))
+    return found
 
 
 def true_outputs(
@@ -60,10 +68,10 @@ def true_outputs(
     return outputs, max(largest)
 
 
-def in_order_affordable(inputs: Mapping[str, Array], spec: LayerSpec) -> bool:
-    """Whether these inputs are small enough to be summed in order."""
+def affordable_orders(inputs: Mapping[str, Array], spec: LayerSpec) -> int:
+    """Return in how many orders these inputs may be summed: all, or none where they are too large."""
     batch, x_len, _ = inputs["x"].shape
-    return work(spec, batch, x_len, inputs["context"].shape[1]) <= IN_ORDER_WORK
+    return ORDERS if work(spec, batch, x_len, inputs["context"].shape[1]) <= IN_ORDER_WORK else 0
 
 
 def rounded_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:

@@ -1,8 +1,9 @@
 """What parity found, as data: per case, pooled, and the verdict with its reasons."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -46,7 +47,7 @@ class RegionError:
         count: values compared.
         squares: sum of the squared relative errors.
         eager: of PyTorch eager.
-        in_order: of the reference with every product summed in order; None where it was not needed.
+        in_order: of the reference with every product summed in order, once for each order; empty where it was not needed.
         mean: mean relative error.
         p99: 99th percentile.
         max: largest absolute error, at the output that comes nearest to its bound.
@@ -56,7 +57,7 @@ class RegionError:
     count: int
     squares: float
     eager: PeerError
-    in_order: PeerError | None
+    in_order: tuple[PeerError, ...]
     mean: float
     p99: float
     max: float
@@ -80,8 +81,8 @@ class CaseResult:
 class Group:
     """All cases of one family and sharpness under one runtime; ratios are RMS error over the measure's, None where empty.
 
-    The dead ratio is that of the whole family, the same at every sharpness. With ``in_order`` the measure was the worse of
-    PyTorch eager and of products summed in order; without, eager alone was enough.
+    The dead ratio is that of the whole family, the same at every sharpness. The measure was the worst of PyTorch eager and of
+    products summed in so many ``orders``; where that is 0, eager alone was enough.
     """
 
     family: str
@@ -92,7 +93,7 @@ class Group:
     live_limit: float | None
     dead_ratio: float | None
     dead_limit: float | None
-    in_order: bool
+    orders: int
     rms: float
     mean: float
     p99: float
@@ -224,7 +225,7 @@ def _group(results: list[CaseResult], family: list[CaseResult]) -> Group:
         live_limit,
         dead_ratio,
         dead_limit,
-        in_order=any(e.in_order is not None for e in errors),
+        orders=max((len(e.in_order) for e in errors), default=0),
         rms=float(np.sqrt(sum(e.squares for e in errors) / count)),
         mean=sum(e.mean * e.count for e in errors) / count,
         p99=max((e.p99 for e in errors), default=0.0),
@@ -239,11 +240,12 @@ def _pooled(errors: list[RegionError]) -> tuple[float | None, float | None]:
     if not found:
         return None, None
     ours = sum(e.squares / e.count for e in found)
-    measure, rows = max(_mean_squares(found, [e.eager for e in found]), _mean_squares(found, [e.in_order for e in found]))
+    evaluations = zip_longest(*((e.eager, *e.in_order) for e in found))
+    measure, rows = max(_mean_squares(found, peers) for peers in evaluations)
     return math.sqrt(ours / measure) if measure else (0.0 if ours == 0 else math.inf), pooled_limit(rows)
 
 
-def _mean_squares(errors: list[RegionError], peers: list[PeerError | None]) -> tuple[float, float]:
+def _mean_squares(errors: list[RegionError], peers: Sequence[PeerError | None]) -> tuple[float, float]:
     """Return the mean squares of an evaluation, summed over cases, and the rows that carry them.
 
     Zeros where a case lacks the evaluation, or it is not finite: that widens nothing.
@@ -256,7 +258,7 @@ def _mean_squares(errors: list[RegionError], peers: list[PeerError | None]) -> t
 
 
 def _pooled_problems(group: Group) -> Iterable[str]:
-    measure = "the worse of PyTorch eager's and of sums in order" if group.in_order else "PyTorch eager's"
+    measure = f"the worst of PyTorch eager's and of {group.orders} orders of sums" if group.orders else "PyTorch eager's"
     for region, ratio, limit in pools_of(group):
         if ratio > limit:
             yield (

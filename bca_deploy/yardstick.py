@@ -14,10 +14,10 @@ from bca_deploy.lowering import DTYPES
 from bca_deploy.spec import Interface, Precision
 from bca_deploy.trial import Trial, roundoff_slack
 from bca_deploy.truth import (
+    evaluations,
     live_rows,
     mean_square,
     rounded_checkpoint,
-    run_in_order,
     run_module,
     sharpen,
     sharpening,
@@ -45,7 +45,7 @@ class Yardstick:
         self._rounded = rounded_checkpoint(checkpoint, DTYPES[precision])
         self._factors: dict[Sharpness, float] = {}
         self._modules: dict[Sharpness, tuple[nn.Module, nn.Module]] = {}
-        self._cases: dict[tuple[Case, bool], tuple[Inputs, Trial]] = {}
+        self._cases: dict[tuple[Case, int], tuple[Inputs, Trial]] = {}
         self._changes: list[float] = []
 
     def factor(self, sharpness: Sharpness) -> float:
@@ -54,31 +54,30 @@ class Yardstick:
             self._factors[sharpness] = sharpening(self._rounded, sharpness, self.precision)
         return self._factors[sharpness]
 
-    def case(self, case: Case, in_order: bool = False) -> tuple[Inputs, Trial]:
+    def case(self, case: Case, orders: int = 0) -> tuple[Inputs, Trial]:
         """Return a case's inputs and what its outputs are held against; arguments as for :meth:`trial`."""
-        key = case, in_order
+        key = case, orders
         if key in self._cases:
             return self._cases[key]
         inputs = make_inputs(case, self.spec, self.interface, self.precision)
-        made = inputs, self.trial(inputs, case.sharpness, in_order)
+        made = inputs, self.trial(inputs, case.sharpness, orders)
         if not self.interface.attention_maps:  # those are too large to keep, and no second model has them
             self._cases[key] = made
         return made
 
-    def trial(self, inputs: Inputs, sharpness: Sharpness = "plain", in_order: bool = False) -> Trial:
+    def trial(self, inputs: Inputs, sharpness: Sharpness = "plain", orders: int = 0) -> Trial:
         """Run the reference.
 
         Args:
             inputs: by name; floats are float32 and exact in the precision.
             sharpness: of the logits.
-            in_order: sum products in order as well, so that the measure is the worse of two evaluations.
+            orders: in how many orders to sum products, beside PyTorch eager.
         """
         exact, rounded = self._at(sharpness)
         truth, largest_logit = true_outputs(exact, inputs, self.interface)
         if sharpness == "plain" and len(self._changes) < _CHANGES:
             self._changes.append(self._change(inputs, truth))
-        evaluations = (run_module, run_in_order) if in_order else (run_module,)
-        peers = [evaluate(rounded, inputs, self.interface, DTYPES[self.precision]) for evaluate in evaluations]
+        peers = evaluations(rounded, inputs, self.interface, DTYPES[self.precision], orders)
         return Trial(truth, peers, live_rows(inputs, truth), roundoff_slack(self.spec, self.precision, largest_logit))
 
     def weight_rounding(self) -> float:

@@ -39,6 +39,17 @@ def test_terms_are_added_one_after_another() -> None:
         assert torch.conv2d(lost.reshape(1, 3, 1, 1), torch.ones(2, 3, 1, 1)).flatten().tolist() == [0.0, 0.0]
 
 
+def test_each_order_is_one_of_its_own_and_always_the_same() -> None:
+    terms = torch.randn(1, 200, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-3, 3, 200)
+    sums = []
+    for order in (0, 1, 2, 1):
+        with InOrder(order):
+            sums.append(functional.linear(terms, torch.ones(1, 200)).item())
+    assert len(set(sums)) == 3
+    assert sums[1] == sums[3]
+    assert sums == pytest.approx([terms.double().sum().item()] * 4, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     ones = torch.ones(1, 4096, dtype=dtype)  # summed in float16 they would stop at 2048, in bfloat16 at 256

@@ -22,7 +22,7 @@ from bca_deploy.parity import Subject, judge, judge_inputs, refuse_undefined_row
 from bca_deploy.runners import Runner, ort_runner, sharpened_copy
 from bca_deploy.spec import DimRange, Dims, Interface, Lowering, Precision
 from bca_deploy.trial import Trial
-from bca_deploy.truth import run_module, sharpen, sharpening, true_outputs
+from bca_deploy.truth import ORDERS, evaluations, run_module, sharpen, sharpening, true_outputs
 from bca_deploy.verdict import Verdict
 from bca_deploy.yardstick import Inputs, Yardstick
 
@@ -265,37 +265,57 @@ def test_a_right_model_of_one_token_a_side_passes(tmp_path: Path, seed: int) -> 
 def nearly_exact(module: torch.nn.Module, inputs: object, interface: Interface, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     """PyTorch eager as if it summed in float64: as far from sums in order as a legitimate evaluation can be."""
     exact = run_module(copy.deepcopy(module).double(), inputs, interface, torch.float64)  # type: ignore[arg-type]
+    if dtype == torch.float64:
+        return exact
     return {name: array.astype(np.float32).astype(np.float64) for name, array in exact.items()}
 
 
 def test_a_model_that_sums_in_order_passes_beside_an_eager_that_does_not(
     right: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bca_deploy.yardstick.run_module", nearly_exact)
+    monkeypatch.setattr("bca_deploy.truth.run_module", nearly_exact)
     verdict = judge(right, "quick")
     assert verdict, verdict.failures
-    settled = [group for group in verdict.groups if group.in_order]
+    settled = [group for group in verdict.groups if group.orders]
     assert settled
     assert len([note for note in verdict.notes if "beside PyTorch eager alone" in note]) == len(settled)
     monkeypatch.setattr("bca_deploy.parity.in_doubt", lambda results: set())
     assert not judge(right, "quick"), "beside that eager alone it would have failed"
 
 
+def test_one_near_tie_that_one_order_of_sums_hits_by_chance_passes_beside_more_orders(
+    right: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside evaluations that are all but exact every pool is in doubt, until one of the eight is as far off as the model."""
+    made: list[int] = []
+
+    def nearly_all_exact(module: torch.nn.Module, inputs: Inputs, interface: Interface, dtype: torch.dtype, orders: int):  # type: ignore[no-untyped-def]
+        made.append(orders)
+        found = [nearly_exact(module, inputs, interface, dtype)] * (1 + orders)
+        return found[:-1] + evaluations(module, inputs, interface, dtype, 1)[1:] if orders == ORDERS else found
+
+    monkeypatch.setattr("bca_deploy.yardstick.evaluations", nearly_all_exact)
+    verdict = judge(right, "quick")
+    assert verdict, verdict.failures
+    assert set(made) == {0, 1, ORDERS}
+    assert any("worst of eager and of 8 orders of sums" in note for note in verdict.notes)
+
+
 def test_sums_in_order_settle_the_users_own_inputs_too(right: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    asked: list[int] = []
     trial = Yardstick.trial
 
-    def seen(self: Yardstick, inputs: Inputs, sharpness: Sharpness = "plain", in_order: bool = False) -> Trial:
-        asked.append(in_order)
-        return trial(self, inputs, sharpness, in_order)
+    def seen(self: Yardstick, inputs: Inputs, sharpness: Sharpness = "plain", orders: int = 0) -> Trial:
+        asked.append(orders)
+        return trial(self, inputs, sharpness, orders)
 
     monkeypatch.setattr(Yardstick, "trial", seen)
     sample = make_inputs(Case("padded", "plain", 2, 7, 5, 0), right.checkpoint.spec, right.interface, "fp32")
     assert judge_inputs(right, {"mine": sample})
     monkeypatch.setattr("bca_deploy.truth.IN_ORDER_WORK", 0)  # too large to be summed in order: eager alone judges
     verdict = judge_inputs(right, {"mine": sample})
-    assert asked == [True, False]
-    assert verdict.results[0].regions["live"].in_order is None
+    assert asked == [ORDERS, 0]
+    assert verdict.results[0].regions["live"].in_order == ()
     assert any("too large to be summed in order" in note for note in verdict.notes)
 
 

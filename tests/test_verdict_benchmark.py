@@ -10,7 +10,7 @@ import verdict
 from defects import DEFECTS
 from layers import structure
 
-FINE = {"passed": True, "ratio": 1.2, "limit": 1.5, "in_order": False, "seconds": 36.0, "failures": []}
+FINE = {"passed": True, "ratio": 1.2, "limit": 1.5, "orders": 0, "seconds": 36.0, "failures": []}
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def test_the_table_counts_layers_alarms_and_hours(tried: list[str], tmp_path: Pa
     for index in range(99):
         verdict.append(path, {"layer": f"0.{index}", **FINE})
     with path.open("a") as file:
-        file.write(json.dumps({"layer": "0.99", **FINE, "passed": False, "ratio": 3.0, "in_order": True}) + "\n")
-    assert list(verdict.alarm_table())[2:] == ["| fp16 | 100 | 1 | 4.66% | 2.00 | 1 | 1.00 |"]
+        file.write(json.dumps({"layer": "0.99", **FINE, "passed": False, "ratio": 3.0, "orders": 8}) + "\n")
+    assert list(verdict.alarm_table())[2:] == ["| fp16 | 100 | 1 | 4.66% | 2.00 | 1, 1 | 1.00 |"]
 
 
 @pytest.mark.parametrize(("wrong", "count", "bound"), [(0, 3000, 0.000998), (0, 300, 0.009936), (1, 100, 0.046559)])
