@@ -37,14 +37,14 @@ def options(**changes: Any) -> argparse.Namespace:
 def test_workers_share_the_layers_and_none_is_tried_twice(tried: list[str]) -> None:
     for share in (0, 1):
         verdict.judge_right_layers(verdict.SETTINGS["fp32"], options(share=share))
-    assert sorted(tried) == sorted(f"{seed}.{draw}" for seed, draws in ((5, 15), (6, 5)) for draw in range(15, 15 + draws))
+    assert sorted(tried) == sorted(f"{seed}.{draw}" for seed, draws in ((5, 15), (6, 5)) for draw in range(draws))
 
 
 def test_what_was_interrupted_goes_on_where_it_stopped(tried: list[str], tmp_path: Path) -> None:
-    verdict.append(tmp_path / "alarms" / "fp32.jsonl", {"layer": "5.15", **FINE})
+    verdict.append(tmp_path / "alarms" / "fp32.jsonl", {"layer": "5.3", **FINE})
     verdict.judge_right_layers(verdict.SETTINGS["fp32"], options(workers=1))
     assert len(tried) == 19
-    assert "5.15" not in tried
+    assert "5.3" not in tried
     verdict.judge_right_layers(verdict.SETTINGS["fp32"], options(workers=1))
     assert len(tried) == 19
 
