@@ -5,13 +5,13 @@ __version__ = "0.1.0"
 # Imported on first use: opening a bundle must not import torch or onnx, and `bca --help` must not import numpy.
 _PUBLIC = {
     "BcaError": "bca_deploy.errors:BcaError",
-    "Bundle": "bca_deploy.bundle:Bundle",
-    "Session": "bca_deploy.session:Session",
-    "build": "bca_deploy.building:build",
-    "export": "bca_deploy.pipeline:export",
-    "open": "bca_deploy.session:open_session",
-    "refit": "bca_deploy.refitting:refit",
-    "verify": "bca_deploy.verification:verify",
+    "Bundle": "bca_deploy.bundle.read:Bundle",
+    "Session": "bca_deploy.session.session:Session",
+    "build": "bca_deploy.exporter.build:build",
+    "export": "bca_deploy.exporter.pipeline:export",
+    "open": "bca_deploy.session.session:open_session",
+    "refit": "bca_deploy.exporter.refit:refit",
+    "verify": "bca_deploy.exporter.verify:verify",
 }
 
 __all__ = ["BcaError", "Bundle", "Session", "__version__", "build", "export", "open", "refit", "verify"]

@@ -77,8 +77,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def missing(package: str, extra: str) -> MissingDependencyError:
-    """Return the error for an absent optional ``package`` that the given ``extra`` installs."""
-    return MissingDependencyError(f"{package} is not installed; run: pip install 'bca-deploy[{extra}]'")

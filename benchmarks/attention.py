@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bca_deploy import console
-from bca_deploy.bench import bench, parse_shapes
+from bca_deploy.cli import console
+from bca_deploy.cli.bench import bench, parse_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "build" / "bench"

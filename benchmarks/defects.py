@@ -10,8 +10,8 @@ import torch
 from layers import Structure
 from torch import Tensor
 
-from bca_deploy import lowered_attention
-from bca_deploy.lowered_attention import (
+from bca_deploy.layers import lowered_attention
+from bca_deploy.layers.lowered_attention import (
     Attention,
     Extras,
     FusedAttention,
@@ -20,7 +20,7 @@ from bca_deploy.lowered_attention import (
     Norm,
     ReferenceAttention,
 )
-from bca_deploy.lowering import LoweredModel, has_cpu_form
+from bca_deploy.layers.lowered_model import LoweredModel, has_cpu_form
 from bca_deploy.spec import Precision
 
 _ALL: tuple[Precision, ...] = ("fp32", "fp16", "bf16")

@@ -13,16 +13,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bca_deploy import engine_log, onnx_graph
-from bca_deploy.attention import build
-from bca_deploy.builder import Request
-from bca_deploy.checkpoint import from_module
-from bca_deploy.engine import Built, compile_engine
-from bca_deploy.lowering import lower
-from bca_deploy.manifest import TensorEntry
-from bca_deploy.nvidia import LIBRARIES
-from bca_deploy.profiles import shapes
-from bca_deploy.recipe import EngineTable
+from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.manifest import TensorEntry
+from bca_deploy.engines import build_log
+from bca_deploy.engines.builder_process import Request
+from bca_deploy.engines.compile import Built, compile_engine
+from bca_deploy.engines.libraries import LIBRARIES
+from bca_deploy.engines.profiles import shapes
+from bca_deploy.exporter import graph
+from bca_deploy.layers.checkpoint import from_module
+from bca_deploy.layers.lowered_model import lower
+from bca_deploy.layers.reference import build
 from bca_deploy.spec import Bias, Dims, Interface, LayerSpec, Lowering, Precision
 
 LAYER = LayerSpec(dim=512, context_dim=386, heads=8, prenorm=True)
@@ -72,7 +73,7 @@ VARIANTS = (
 def write_model(variant: Variant, path: Path) -> int:
     """Write the ONNX file; return the bytes of its weights."""
     lowered = lower(from_module(build(variant.spec)), variant.lowering, variant.precision, variant.fp32_edges)
-    onnx_graph.write(onnx_graph.trace(lowered, variant.spec, variant.interface, 17), path)
+    graph.write(graph.trace(lowered, variant.spec, variant.interface, 17), path)
     return sum(tensor.nbytes for tensor in lowered.core.state_dict().values())
 
 
@@ -98,7 +99,7 @@ def measure(variant: Variant, directory: Path) -> dict[str, object]:
     runs = [build_engine(variant, onnx) for _ in range(5)]
     largest = Dims().batch.max * Dims().x_len.max * Dims().context_len.max * variant.spec.heads
     log = runs[0].log
-    fused, evidence = engine_log.judge_fusion(log, 2 * (variant.spec.depth or 1), largest * 2)
+    fused, evidence = build_log.judge_fusion(log, 2 * (variant.spec.depth or 1), largest * 2)
     return {
         "engine": variant.name,
         "scratch_mb": round((log.scratch_bytes or 0) / 1e6, 1),

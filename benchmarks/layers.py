@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from bca_deploy.attention import build
-from bca_deploy.checkpoint import Checkpoint, from_module
-from bca_deploy.lowering import choose, graph_state, has_cpu_form, lower
-from bca_deploy.onnx_graph import trace
+from bca_deploy.exporter.graph import trace
+from bca_deploy.layers.checkpoint import Checkpoint, from_module
+from bca_deploy.layers.lowered_model import choose, graph_state, has_cpu_form, lower
+from bca_deploy.layers.reference import build
 from bca_deploy.spec import DimRange, Dims, Interface, LayerSpec, Lowering, Precision, Runtime
 
 _ONE = DimRange(1, 1, 1)

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bca_deploy.bundle import Bundle
-from bca_deploy.recipe import read_recipe
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.exporter.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "export" / "README.md"

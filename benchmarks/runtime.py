@@ -23,7 +23,7 @@ import numpy as np
 from attention import make_bundle
 
 import bca_deploy
-from bca_deploy.bench import inputs
+from bca_deploy.cli.bench import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -56,7 +56,7 @@ def bare() -> Callable[[], Callable[[], object]]:
 
 
 def over_grpc(address: str) -> Callable[[], Callable[[], object]]:
-    from bca_deploy.client import RemoteSession
+    from bca_deploy.serving.client import RemoteSession
 
     remote, given = RemoteSession(f"grpc://{address}"), inputs()
     return lambda: lambda: remote.run(given)
@@ -159,9 +159,9 @@ def ragged_on_triton() -> dict[str, int]:
     import tritonclient.grpc as library
     from servers import put_stand_in, tritonserver
 
-    from bca_deploy.bundle import Bundle
-    from bca_deploy.client import RemoteSession
-    from bca_deploy.triton import Options, write
+    from bca_deploy.bundle.read import Bundle
+    from bca_deploy.packaging.triton_repository import Options, write
+    from bca_deploy.serving.client import RemoteSession
 
     lengths = np.random.default_rng(0).integers(16, 513, (64, 2))
     requests = [inputs(int(n), int(m), seed) for seed, (n, m) in enumerate(lengths)]

@@ -38,8 +38,8 @@ def median_us(runs: list[Callable[[], object]], rounds: int, block: int = 1) -> 
 def overhead(bundle: str, threads: int) -> Row:
     """Over ``InferenceSession.run`` of the very session underneath: two in one process would spin against each other."""
     import bca_deploy
-    from bca_deploy.bench import inputs
-    from bca_deploy.denormals import Flushed
+    from bca_deploy.cli.bench import inputs
+    from bca_deploy.session.backends.denormals import Flushed
 
     with bca_deploy.open(bundle, threads=threads) as session:
         feeds, bare, names = inputs(session.manifest, (1, 64, 64)), session._backend._session, ["out", "context_out"]
@@ -59,7 +59,7 @@ import bca_deploy, sys
 bca_deploy.open(sys.argv[1])
 seconds, torch_imported = time.perf_counter() - start, "torch" in sys.modules
 import json
-from bca_deploy.bench import peak_rss_mb
+from bca_deploy.cli.bench import peak_rss_mb
 print(json.dumps({"open_s": seconds, "peak_rss_mb": peak_rss_mb(), "torch_imported": torch_imported}))
 """
 
@@ -75,7 +75,7 @@ def opening(bundle: str, threads: int) -> Row:
 def long_lengths(bundle: str, threads: int) -> Row:
     """Peak memory at 1x4096x4096 over that of the process with the session open and its inputs made."""
     import bca_deploy
-    from bca_deploy.bench import inputs, peak_rss_mb
+    from bca_deploy.cli.bench import inputs, peak_rss_mb
 
     with bca_deploy.open(bundle, threads=threads) as session:
         before = peak_rss_mb()

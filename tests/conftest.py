@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, settings
 from servers import Server, bca_serve, put_stand_in, tritonserver
 
 import bca_deploy
-from bca_deploy.attention import build
-from bca_deploy.bundle import Bundle
-from bca_deploy.checkpoint import Checkpoint, from_module
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.layers.checkpoint import Checkpoint, from_module
+from bca_deploy.layers.reference import build
 from bca_deploy.spec import LayerSpec
 
 # The same examples every day, and none of them timed: a failure must be the change's, not the day's or the machine's.
@@ -54,7 +54,7 @@ def served(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def triton(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The real Triton over that bundle's repository, its engine model played by the same file on onnxruntime."""
-    from bca_deploy import triton as packaging
+    from bca_deploy.packaging import triton_repository as packaging
 
     root = tmp_path_factory.mktemp("triton")
     _, engine = packaging.write(exported, root / "models", packaging.Options())

@@ -21,13 +21,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from bca_deploy import engine_backend, loaded_engine, nvidia, ort_backend
-from bca_deploy.contract import numpy_dtype
-from bca_deploy.cuda import DeviceArray, Launch
+from bca_deploy.bundle.manifest import EngineEntry, GpuEntry
+from bca_deploy.engines import libraries
+from bca_deploy.engines.gpus import Gpus
+from bca_deploy.engines.profiles import Ranges, shapes
 from bca_deploy.errors import InputError
-from bca_deploy.gpus import Gpus
-from bca_deploy.manifest import EngineEntry, GpuEntry
-from bca_deploy.profiles import Ranges, shapes
+from bca_deploy.session.backends import engine, loaded_engine
+from bca_deploy.session.backends import ort as ort_backend
+from bca_deploy.session.backends.cuda import DeviceArray, Launch
+from bca_deploy.session.contract import numpy_dtype
 
 Shape = tuple[int, ...]
 Work = Callable[[], None]
@@ -73,7 +75,7 @@ class DeviceTensor:
 
 
 class HostGpu:
-    """The narrow interface of :mod:`bca_deploy.cuda`, in host memory."""
+    """The narrow interface of :mod:`bca_deploy.session.backends.cuda`, in host memory."""
 
     def __init__(self, capability: str) -> None:
         self.capability = capability
@@ -187,7 +189,7 @@ class Network:
 
 def read_network(onnx: Path) -> Network:
     """Let NVIDIA's parser read a model."""
-    trt = nvidia.load("rtx")
+    trt = libraries.load("rtx")
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
@@ -353,7 +355,7 @@ def machine(
     monkeypatch: pytest.MonkeyPatch, directory: Path, entry: EngineEntry, capability: str = "sm89", runtime_cache: Any = None
 ) -> Machine:
     """Make this machine one with a GPU on which engines open, and a bundle's engine one that computes its model."""
-    real, found = nvidia.load("rtx"), Machine(HostGpu(capability), [])
+    real, found = libraries.load("rtx"), Machine(HostGpu(capability), [])
     network = read_network(directory / entry.model)
 
     class Runtime:
@@ -376,9 +378,9 @@ def machine(
         **({"IRuntimeCache": runtime_cache} if runtime_cache else {}),
     )
     gpus = Gpus((GpuEntry(name="Double", compute_capability=capability, driver="1"),), "13.0")
-    for module in (engine_backend, loaded_engine):
+    for module in (engine, loaded_engine):
         monkeypatch.setattr(module.nvidia, "load", lambda name: library)
-    monkeypatch.setattr(engine_backend, "query", lambda: gpus)
-    for module in (engine_backend, ort_backend):
+    monkeypatch.setattr(engine, "query", lambda: gpus)
+    for module in (engine, ort_backend):
         monkeypatch.setattr(module, "open_gpu", lambda: found.gpu)
     return found

@@ -10,8 +10,8 @@ import native
 import numpy as np
 from servers import until
 
-from bca_deploy.bundle import sha256
-from bca_deploy.manifest import MANIFEST_FILE, SELFTEST_FILE
+from bca_deploy.bundle.manifest import MANIFEST_FILE, SELFTEST_FILE
+from bca_deploy.bundle.read import sha256
 
 FIXTURE = native.ROOT / "tests" / "fixtures" / "format1"
 

@@ -17,7 +17,7 @@ WIDEST = 24
 
 
 def rounding(precision: Precision, largest_logit: float) -> float:
-    """Return what rounding alone may do to a result, relative to its largest value; see roundoff_slack in truth.py."""
+    """Return what rounding alone may do to a result, relative to its largest value; see roundoff_slack in parity/trial.py."""
     logits = 4 * UNIT_ROUNDOFF[precision] * (1 + largest_logit)
     return float(logits + UNIT_ROUNDOFF["fp32"] * np.sqrt(WIDEST / 6))
 

@@ -81,8 +81,8 @@ def held(log: Path) -> tuple[str, ...]:
     """`bca serve` with a model that ends no call while the server is held; for :func:`bca_serve`, with the same log."""
     code = f"""
 import os, time
-from bca_deploy import serve
-from bca_deploy.session import Session
+from bca_deploy.serving import server as serve
+from bca_deploy.session.session import Session
 serve.READING_S = 5.0  # clients on a busy machine are slow to read
 run_many = Session.run_many
 def held(*args, **options):

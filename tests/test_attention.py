@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from rounding import rounding
 from torch import Tensor, nn
 
-from bca_deploy.attention import BidirectionalCrossAttention, BidirectionalCrossAttentionTransformer, RMSNorm, build
 from bca_deploy.errors import InputError
+from bca_deploy.layers.reference import BidirectionalCrossAttention, BidirectionalCrossAttentionTransformer, RMSNorm, build
 from bca_deploy.spec import NORM_EPS, LayerSpec
 
 Array = NDArray[np.float64]

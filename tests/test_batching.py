@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bca_deploy.batching import Batcher, BusyError, Limits
+from bca_deploy.serving.queue import Batcher, BusyError, Limits
 
 #: Only what hangs takes so many seconds.
 PATIENCE_S = 300.0

@@ -11,11 +11,10 @@ from conftest import make_checkpoint
 from typer.testing import CliRunner
 
 import bca_deploy
-from bca_deploy import bench
-from bca_deploy.bench import inputs, parse_shapes
-from bca_deploy.bundle import Bundle
-from bca_deploy.cli import app
-from bca_deploy.contenders import NAMES, Name, contender, obstacle, sdpa_form, write_literal
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.cli import app, bench
+from bca_deploy.cli.bench import inputs, parse_shapes
+from bca_deploy.cli.contenders import NAMES, Name, contender, obstacle, sdpa_form, write_literal
 from bca_deploy.errors import InputError
 from bca_deploy.spec import LayerSpec
 

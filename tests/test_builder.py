@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_bundle import HEAVY, run_without
 
-from bca_deploy import builder, engine_log
-from bca_deploy.builder import Meter, Request
+from bca_deploy.engines import build_log, builder_process
+from bca_deploy.engines.builder_process import Meter, Request
 
 NAMES = st.sampled_from(["whole", "part", "detail"])
 EVENTS = st.one_of(
@@ -73,24 +73,25 @@ def test_a_request_survives_the_way_to_the_other_process() -> None:
 
 def test_the_builder_process_imports_no_heavy_package() -> None:
     done = run_without(
-        (*HEAVY, "pydantic", "numpy"), "import bca_deploy.builder, bca_deploy.builder as b; print(b.Meter().shown)"
+        (*HEAVY, "pydantic", "numpy"),
+        "import bca_deploy.engines.builder_process, bca_deploy.engines.builder_process as b; print(b.Meter().shown)",
     )
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "0.0\n")
 
 
 def test_the_log_is_on_disk_after_every_line(tmp_path: Path) -> None:
     """A crash comes without warning: what was said before it has to be readable."""
-    builder.load_library("tensorrt_rtx")
-    severity = builder.trt.ILogger.Severity
-    logger = builder.make_logger(str(tmp_path / "log"))
+    builder_process.load_library("tensorrt_rtx")
+    severity = builder_process.trt.ILogger.Severity
+    logger = builder_process.make_logger(str(tmp_path / "log"))
     logger.log(severity.VERBOSE, "Parsing node: first [MatMul]")
-    assert engine_log.read(tmp_path / "log").last_place() == "first [MatMul]"
+    assert build_log.read(tmp_path / "log").last_place() == "first [MatMul]"
     logger.log(severity.ERROR, "two\nlines, µ")
-    assert engine_log.read(tmp_path / "log").errors == ("two\nlines, µ",)
+    assert build_log.read(tmp_path / "log").errors == ("two\nlines, µ",)
 
 
 def test_a_file_is_written_whole(tmp_path: Path) -> None:
-    builder._write(str(tmp_path / "engine"), memoryview(b"content"))
+    builder_process._write(str(tmp_path / "engine"), memoryview(b"content"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"engine": b"content"}
 
 
@@ -102,5 +103,5 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(tmp_path: Pat
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        builder._write(str(tmp_path / "engine"), memoryview(b"new"))
+        builder_process._write(str(tmp_path / "engine"), memoryview(b"new"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"engine": b"old"}

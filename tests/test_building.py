@@ -23,16 +23,19 @@ from test_store import contents, untouched
 from typer.testing import CliRunner, Result
 
 import bca_deploy
-from bca_deploy import building, engines, pipeline, verification
-from bca_deploy.building import build
-from bca_deploy.bundle import Bundle, sha256
+from bca_deploy.bundle.manifest import EngineEntry
+from bca_deploy.bundle.read import Bundle, sha256
+from bca_deploy.bundle.write import staged
 from bca_deploy.cli import app, export_app
-from bca_deploy.engine import Built
+from bca_deploy.engines import build as engines
+from bca_deploy.engines.compile import Built
 from bca_deploy.errors import BundleError, EngineError, InputError
-from bca_deploy.manifest import EngineEntry
-from bca_deploy.recipe import read_recipe
+from bca_deploy.exporter import build as building
+from bca_deploy.exporter import pipeline
+from bca_deploy.exporter import verify as verification
+from bca_deploy.exporter.build import build
+from bca_deploy.exporter.recipe import read_recipe
 from bca_deploy.spec import Dims
-from bca_deploy.store import staged
 
 BIN = Path(sys.executable).parent
 ALL = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -72,7 +75,7 @@ def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the work began")
 
     monkeypatch.setattr(engines, "compile_engine", work)
-    monkeypatch.setattr(pipeline, "_make_model", work)
+    monkeypatch.setattr(pipeline, "make_model", work)
 
 
 def bca(*arguments: object) -> Result:
@@ -293,7 +296,7 @@ def test_a_model_that_fails_parity_gets_no_engine_and_leaves_the_bundle_as_it_wa
 
     with Bundle.open(single) as bundle:
         entry = bundle.manifest.models[0]
-    monkeypatch.setattr(pipeline, "_make_model", lambda *arguments: (entry, plain_verdict(failures=("wrong by 7",))))
+    monkeypatch.setattr(pipeline, "make_model", lambda *arguments: (entry, plain_verdict(failures=("wrong by 7",))))
     with untouched(single):
         refused(bca("build", single, "--engine", "rtx"), "wrong by 7", code=1)
 
@@ -417,7 +420,7 @@ def test_what_cannot_be_is_refused_before_any_builder_runs(copy: Path, options: 
 
 @pytest.mark.usefixtures("no_builder")
 def test_tensorrt_without_a_gpu_is_refused_with_the_way_out(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bca_deploy.gpus import Gpus
+    from bca_deploy.engines.gpus import Gpus
 
     monkeypatch.setattr(engines, "query", lambda: Gpus(why_none="no NVIDIA driver answers"))
     for command in (bca("build", copy, "--engine", "tensorrt"), bca_export("--engine", "tensorrt", "--out", copy.parent / "m")):

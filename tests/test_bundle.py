@@ -25,13 +25,13 @@ from rounding import is_same
 from safetensors.torch import save_file
 
 import bca_deploy
-from bca_deploy import bundle as bundle_module
-from bca_deploy import selftest
-from bca_deploy.bundle import Bundle, Check, read_manifest, sha256
+from bca_deploy.bundle import read as bundle_module
+from bca_deploy.bundle import selftest
+from bca_deploy.bundle.manifest import Manifest, json_schema
+from bca_deploy.bundle.read import Bundle, Check, read_manifest, sha256
+from bca_deploy.bundle.write import staged
 from bca_deploy.errors import BcaError, BundleError, InputError
-from bca_deploy.manifest import Manifest, json_schema
 from bca_deploy.spec import Dims, Interface
-from bca_deploy.store import staged
 
 # Makes the named packages as good as not installed, in a process of its own.
 BLOCK = """
@@ -494,7 +494,8 @@ assert not {"torch", "onnx", "onnxruntime", "einops"} & set(sys.modules)
 def test_the_self_test_needs_only_numpy_and_onnxruntime(exported: Bundle) -> None:
     script = """
 import numpy, onnxruntime
-from bca_deploy import Bundle, selftest
+from bca_deploy import Bundle
+from bca_deploy.bundle import selftest
 with Bundle.open(sys.argv[1]) as bundle, numpy.load(bundle.path("selftest.npz")) as arrays:
     for model in bundle.manifest.models:
         session = onnxruntime.InferenceSession(bundle.path(model.file), providers=["CPUExecutionProvider"])

@@ -16,9 +16,9 @@ from rounding import assert_same as assert_same_results
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bca_deploy.attention import build
-from bca_deploy.checkpoint import Checkpoint, from_module, from_state, infer, load, read
 from bca_deploy.errors import CheckpointError, InputError
+from bca_deploy.layers.checkpoint import Checkpoint, from_module, from_state, infer, load, read
+from bca_deploy.layers.reference import build
 from bca_deploy.spec import LayerSpec
 
 State = dict[str, Tensor]

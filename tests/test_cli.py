@@ -26,12 +26,14 @@ from servers import PATIENCE_S
 from test_bundle import HEAVY, run_without
 from typer.testing import CliRunner, Result
 
-from bca_deploy import console, expect, pipeline, verification
-from bca_deploy.bundle import Bundle, sha256
-from bca_deploy.cli import app, export_app
+from bca_deploy.bundle.read import Bundle, sha256
+from bca_deploy.bundle.write import staged
+from bca_deploy.cli import app, console, export_app
+from bca_deploy.exporter import pipeline
+from bca_deploy.exporter import verify as verification
+from bca_deploy.parity import user_sample
+from bca_deploy.parity.verdict import Group, Verdict
 from bca_deploy.spec import Dims, Interface
-from bca_deploy.store import staged
-from bca_deploy.verdict import Group, Verdict
 
 CPU = "fp32.onnxruntime-cpu"
 BIN = Path(sys.executable).parent
@@ -112,8 +114,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("layer.safetensors", "layer.pt"):
         whole = (place / name).read_bytes()
         (place / f"cut-{name}").write_bytes(whole[: len(whole) // 2])
-    right = expect.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(), Dims())
-    maps = expect.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(attention_maps=True), Dims())
+    right = user_sample.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(), Dims())
+    maps = user_sample.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(attention_maps=True), Dims())
     for name, arrays in {
         "right": right,
         "wrong": right | {"context_out": right["context_out"] + 0.01},

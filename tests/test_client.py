@@ -26,10 +26,10 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 import bca_deploy
-from bca_deploy.bundle import Bundle
-from bca_deploy.client import RemoteSession
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, InputError, MissingDependencyError, ServerError
-from bca_deploy.session import Session
+from bca_deploy.serving.client import RemoteSession
+from bca_deploy.session.session import Session
 
 #: Fixtures of running servers; each speaks the Open Inference Protocol over gRPC and has the model `bca`.
 SERVERS = ("served", "triton", pytest.param("cpp_server", marks=pytest.mark.slow))
@@ -328,7 +328,7 @@ def test_root_certificates_that_cannot_be_read_are_named(tmp_path: Path, scheme:
 def test_beside_kserve_the_error_says_to_call_from_another_process() -> None:
     script = """
 import kserve
-from bca_deploy.client import RemoteSession
+from bca_deploy.serving.client import RemoteSession
 from bca_deploy.errors import BcaError
 for _ in range(2):
     try:

@@ -13,9 +13,10 @@ import yaml
 from servers import BCA, PATIENCE_S, free_ports, until
 from test_session import bca
 
-from bca_deploy import __version__, cluster
-from bca_deploy.bundle import Bundle
+from bca_deploy import __version__
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError
+from bca_deploy.packaging import kubernetes
 
 
 def unknown_fields(service: dict[str, Any]) -> list[str]:
@@ -74,7 +75,7 @@ def test_kserve_knows_every_field_of_the_service(exported: Bundle, tmp_path: Pat
 
 
 def test_the_service_says_what_was_asked_for(tmp_path: Path) -> None:
-    service = cluster.inference_service(cluster.Options("fusion", "s3://models/fusion", "26.09-py3", 2, (2, 8)))
+    service = kubernetes.inference_service(kubernetes.Options("fusion", "s3://models/fusion", "26.09-py3", 2, (2, 8)))
     predictor = service["spec"]["predictor"]
     model = predictor["model"]
     assert service["metadata"]["name"] == "fusion"
@@ -91,7 +92,7 @@ def test_the_service_says_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_front_has_more_shared_memory_than_a_container_gets_of_its_own_accord() -> None:
-    predictor = cluster.inference_service(cluster.Options())["spec"]["predictor"]
+    predictor = kubernetes.inference_service(kubernetes.Options())["spec"]["predictor"]
     assert predictor["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}]
     assert predictor["model"]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108
 
@@ -110,14 +111,14 @@ def test_an_image_of_ones_own_takes_the_place_of_the_tag(exported: Bundle, tmp_p
 @pytest.mark.parametrize("image", ["", "two words", "-py3", "a" * 129, "my/two words:1", "26.08-py3\n", "/triton"])
 def test_what_is_neither_a_tag_nor_an_image_is_refused(exported: Bundle, tmp_path: Path, image: str) -> None:
     with pytest.raises(InputError, match=r"give a tag of NVIDIA's Triton image, as 26\.08-py3, or an image"):
-        cluster.inference_service(cluster.Options(image=image))
+        kubernetes.inference_service(kubernetes.Options(image=image))
     done = bca("package", exported.directory, "--kserve", tmp_path / "service.yaml", f"--image={image}")
     assert done.exit_code == 2
     assert not (tmp_path / "service.yaml").exists()
 
 
 def test_without_a_gpu_none_is_asked_for() -> None:
-    service = cluster.inference_service(cluster.Options(gpus=0))
+    service = kubernetes.inference_service(kubernetes.Options(gpus=0))
     assert set(service["spec"]["predictor"]["model"]["resources"]["limits"]) == {"cpu", "memory"}
 
 
@@ -132,7 +133,7 @@ def test_replicas_that_cannot_be_are_refused(exported: Bundle, tmp_path: Path, r
 @pytest.mark.parametrize("name", ["Fusion", "fusion_1", "1st", "-a", "a" * 64])
 def test_a_name_that_kubernetes_does_not_take_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="Kubernetes takes lower-case letters"):
-        cluster.inference_service(cluster.Options(name))
+        kubernetes.inference_service(kubernetes.Options(name))
 
 
 @pytest.mark.parametrize("name", ["../fusion", "a/b", "", ".", "two words", "tür"])
@@ -186,5 +187,5 @@ def test_the_dockerfiles_commands_serve_the_bundle_and_find_it_healthy(exported:
 
 def test_the_command_that_builds_the_image_can_be_pasted_whatever_the_paths_are(tmp_path: Path) -> None:
     target, bundle = tmp_path / "Docker file;", tmp_path / "my models" / "a bundle"
-    words = shlex.split(cluster.write_docker(target, bundle))
+    words = shlex.split(kubernetes.write_docker(target, bundle))
     assert words == ["docker", "build", "-t", "bca", "-f", str(target), str(bundle.parent)]

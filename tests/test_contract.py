@@ -8,9 +8,9 @@ from conftest import make_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.contract import Contract
+from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import InputError
-from bca_deploy.manifest import TensorEntry
+from bca_deploy.session.contract import Contract
 from bca_deploy.spec import Bias, DimRange, Dims, Interface
 
 DIMS = Dims(batch=DimRange(1, 2, 4), x_len=DimRange(2, 8, 16), context_len=DimRange(1, 8, 12))

@@ -8,9 +8,9 @@ import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 import pytest
 
-from bca_deploy.contract import Contract
+from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import InputError
-from bca_deploy.manifest import TensorEntry
+from bca_deploy.session.contract import Contract
 from bca_deploy.spec import DimRange, Dims
 
 TABLE = json.loads((Path(__file__).parent / "contract_cases.json").read_text(encoding="utf-8"))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import bca_deploy
-from bca_deploy.bundle import Bundle
-from bca_deploy.denormals import Flushed, on_own_thread
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.session.backends.denormals import Flushed
+from bca_deploy.threads import on_own_thread
 
 TINY = np.full(4, 1e-40, np.float32)
 

@@ -10,11 +10,11 @@ import pytest
 from test_bundle import HEAVY, run_without
 from typer.testing import CliRunner
 
-from bca_deploy import doctor, gpus
-from bca_deploy.cli import app
-from bca_deploy.doctor import Finding, examine
-from bca_deploy.gpus import Gpus
-from bca_deploy.manifest import GpuEntry
+from bca_deploy.bundle.manifest import GpuEntry
+from bca_deploy.cli import app, doctor
+from bca_deploy.cli.doctor import Finding, examine
+from bca_deploy.engines import gpus
+from bca_deploy.engines.gpus import Gpus
 
 NAMES = ["Python", "torch", "onnx", "onnxruntime", "TensorRT-RTX", "TensorRT", "cuda-core", "CUDA driver"]
 PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt", "cuda.core", "pynvml")
@@ -151,7 +151,7 @@ def test_a_library_that_does_not_load_is_to_be_reinstalled(monkeypatch: pytest.M
     def broken(name: str) -> ModuleType:
         raise OSError(f"{name}: libcudart.so.13: cannot open shared object file")
 
-    monkeypatch.setattr("bca_deploy.nvidia.import_module", broken)
+    monkeypatch.setattr("bca_deploy.engines.libraries.import_module", broken)
     assert finding("TensorRT-RTX").fix == "pip install --force-reinstall tensorrt-rtx-cu13"
     assert finding("TensorRT").fix == "pip install --force-reinstall tensorrt"
 

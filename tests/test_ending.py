@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import bca_deploy
-from bca_deploy import console, ending
-from bca_deploy.bundle import Bundle
-from bca_deploy.cli import app
+from bca_deploy import ending
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.cli import app, console
 
 BIN = Path(sys.executable).parent
 COMMANDS = {
@@ -139,6 +139,6 @@ def test_an_interrupt_of_the_libraries_own_exits_130(monkeypatch: pytest.MonkeyP
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bca_deploy.doctor.examine", interrupted)
+    monkeypatch.setattr("bca_deploy.cli.doctor.examine", interrupted)
     result = CliRunner().invoke(app, ["doctor"])
     assert (result.exit_code, result.stderr) == (130, "error: interrupted; nothing was left behind\n")

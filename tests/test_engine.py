@@ -17,12 +17,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bca_deploy import engine, engines
-from bca_deploy.builder import Request
-from bca_deploy.bundle import Bundle
-from bca_deploy.engine import Built, compile_engine
+from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.engines import build as engines
+from bca_deploy.engines import compile as engine
+from bca_deploy.engines.builder_process import Request
+from bca_deploy.engines.compile import Built, compile_engine
 from bca_deploy.errors import EngineError
-from bca_deploy.recipe import EngineTable
 
 REAL_POPEN = subprocess.Popen
 
@@ -43,18 +44,18 @@ class Children:
         """Let the real builder go no further than its first word of progress before it is asked to stop."""
         code = """
 import time
-from bca_deploy import builder
-step = builder.Meter.step
+from bca_deploy.engines import builder_process
+step = builder_process.Meter.step
 def lingers(self, *what):
     grew = step(self, *what)
     if grew:
-        while not builder._stopped and told:
+        while not builder_process._stopped and told:
             time.sleep(0.01)
         told.append(grew)
     return grew
 told = []
-builder.Meter.step = lingers
-builder.main()
+builder_process.Meter.step = lingers
+builder_process.main()
 """
         self.wrap = lambda command: [sys.executable, "-P", "-c", code]
 
@@ -283,7 +284,7 @@ def test_a_model_with_an_unknown_operator_is_refused_with_the_node(
 
 
 def test_a_profile_that_the_library_refuses_is_an_error(request_: Request, children: Children) -> None:
-    """profiles.py lets none through; the builder does not rely on it."""
+    """engines/profiles.py lets none through; the builder does not rely on it."""
     (shapes,) = request_.profiles
     backwards = {name: list(reversed(sizes)) for name, sizes in shapes.items()}
     assert refusal(children, replace(request_, profiles=[backwards])).startswith("the engine was not built: ")

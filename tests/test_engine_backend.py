@@ -20,12 +20,12 @@ from servers import PATIENCE_S
 from test_session import make
 
 import bca_deploy
-from bca_deploy import tensors
-from bca_deploy.bundle import Bundle
-from bca_deploy.engine_backend import engine_runner
+from bca_deploy.bundle.manifest import EngineEntry
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, EngineError, InputError
-from bca_deploy.manifest import EngineEntry
-from bca_deploy.session import Session
+from bca_deploy.session import arrays
+from bca_deploy.session.backends.engine_runner import engine_runner
+from bca_deploy.session.session import Session
 
 SHORT = {"batch": {"min": 1, "opt": 1, "max": 2}, "x_len": {"min": 1, "opt": 8, "max": 16}}
 LONG = {"batch": {"min": 2, "opt": 4, "max": 8}, "x_len": {"min": 1, "opt": 64, "max": 128}}
@@ -252,7 +252,7 @@ def test_a_mask_of_other_bytes_is_refused_on_the_cpu_and_made_anew_on_the_gpu(se
     with pytest.raises(InputError, match=r"^input mask: a bool is one byte of 0 or 1, and here is one of 255; "):
         session(**inputs | {"mask": mask})
     # What torch's tensors on the GPU go through; no GPU is needed to see that bytes come out as 0 and 1.
-    made = tensors._plain(torch.from_numpy(mask))
+    made = arrays._plain(torch.from_numpy(mask))
     assert made.dtype == torch.bool
     np.testing.assert_array_equal(made.view(torch.uint8).numpy(), inputs["mask"].astype(np.uint8))
 
@@ -538,7 +538,7 @@ def test_shapes_that_cannot_be_captured_run_without_a_graph(
         gpu.engines[0].capturable, gpu.gpu.captures_fail = why != "differs", why == "raises"
         if why == "says no":
             monkeypatch.setattr(ContextDouble, "is_stream_capturable", lambda self, stream: False, raising=False)
-        with caplog.at_level(logging.WARNING, "bca_deploy.engine"):
+        with caplog.at_level(logging.WARNING, "bca_deploy.engines.compile"):
             for seed in range(3):
                 inputs = make(2, 5, 4, seed)
                 same(session(**inputs), expected(**inputs))

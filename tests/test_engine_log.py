@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy import engine_log
-from bca_deploy.engine_log import BuildLog, judge_fusion, read
+from bca_deploy.engines import build_log
+from bca_deploy.engines.build_log import BuildLog, judge_fusion, read
 
 KERNEL = "Name: _gemm_mha_v2_myl1_{}, LayerType: kgen, Inputs: []"
 OTHER = "Name: __myl_Fc_myl1_3, LayerType: runtime_fusion, Inputs: []"
@@ -55,7 +55,7 @@ def test_a_line_cut_off_by_a_crash_is_read_as_far_as_it_goes(tmp_path: Path) -> 
 @given(st.lists(st.sampled_from(["INFO", "WARNING", "ERROR", "VERBOSE"]), max_size=8))
 def test_no_message_is_lost(severities: list[str]) -> None:
     raw = "".join(f"{severity}\tmessage {number}\n" for number, severity in enumerate(severities))
-    parts = engine_log._SEVERITY.split(raw)
+    parts = build_log._SEVERITY.split(raw)
     assert [text.strip() for text in parts[2::2]] == [f"message {number}" for number in range(len(severities))]
 
 

@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from test_store import contents, untouched
 from typer.testing import CliRunner
 
-from bca_deploy import engines, nvidia
-from bca_deploy.builder import Facts
-from bca_deploy.building import build
-from bca_deploy.bundle import Bundle
+from bca_deploy.bundle.engine_options import EngineTable, ProfileTable
+from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.cli import app
-from bca_deploy.engine import Built
-from bca_deploy.engine_log import BuildLog
-from bca_deploy.engines import installed, rebuild_command, usable, why_stale
+from bca_deploy.engines import build as engines
+from bca_deploy.engines import libraries
+from bca_deploy.engines.build_log import BuildLog
+from bca_deploy.engines.builder_process import Facts
+from bca_deploy.engines.compile import Built
+from bca_deploy.engines.gpus import Gpus
+from bca_deploy.engines.usable import installed, rebuild_command, usable, why_stale
 from bca_deploy.errors import BcaError, EngineError, InputError
-from bca_deploy.gpus import Gpus
-from bca_deploy.manifest import EngineEntry, GpuEntry, Manifest
-from bca_deploy.recipe import EngineTable, ProfileTable
+from bca_deploy.exporter.build import build
 from bca_deploy.spec import DimRange, Dims, Precision
 
 ALL = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -119,7 +120,7 @@ def test_tensorrt_without_a_gpu_is_refused_with_both_ways_out() -> None:
 
 def test_tensorrt_is_planned_for_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "query", lambda: Gpus((HOPPER,)))
-    monkeypatch.setattr(nvidia, "load", lambda name: None)
+    monkeypatch.setattr(libraries, "load", lambda name: None)
     wanted = plan(library="tensorrt", refittable=True)
     assert (wanted.gpu, wanted.targets) == (HOPPER, ())
     with pytest.raises(InputError, match="a stripped engine is refitted anyway; give one of them"):
@@ -296,7 +297,7 @@ def test_the_command_that_rebuilds_survives_a_space_in_the_path(entry: EngineEnt
 
 
 def test_the_command_for_an_archive_names_the_archive(built: Path, tmp_path: Path) -> None:
-    from bca_deploy.store import staged
+    from bca_deploy.bundle.write import staged
 
     archive = tmp_path / "model.bca"
     with staged(archive) as directory:

@@ -8,11 +8,12 @@ import pytest
 from conftest import make_spec
 
 import bca_deploy
-from bca_deploy import parity, triton
-from bca_deploy.attention import BidirectionalCrossAttention
-from bca_deploy.bundle import Bundle
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError, check_one_of, first_line
-from bca_deploy.loaded_engine import Said
+from bca_deploy.layers.reference import BidirectionalCrossAttention
+from bca_deploy.packaging import triton_repository
+from bca_deploy.parity import rule
+from bca_deploy.session.backends.loaded_engine import Said
 from bca_deploy.spec import Interface
 
 
@@ -38,7 +39,7 @@ def test_a_runtime_that_fails_without_a_word_is_a_finding_like_any_other() -> No
     def fails(inputs: Any) -> Any:
         raise WordlessError
 
-    assert parity._outcome(fails, {}) == "failed to run: WordlessError()"
+    assert rule._outcome(fails, {}) == "failed to run: WordlessError()"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ CALLS: dict[str, Callable[[Bundle, Path, Any], object]] = {
     "precision": lambda bundle, place, value: bca_deploy.open(bundle.directory, precision=value),
     "check": lambda bundle, place, value: bca_deploy.open(bundle.directory, verify=value),
     "policy": lambda bundle, place, value: bca_deploy.open(bundle.directory).run_many([], policy=value),
-    "runtime": lambda bundle, place, value: triton.write(bundle, place, triton.Options(runtime=value)),
+    "runtime": lambda bundle, place, value: triton_repository.write(bundle, place, triton_repository.Options(runtime=value)),
     "engine.library": lambda bundle, place, value: bca_deploy.build(bundle.directory, value),
     "layer.norm": lambda bundle, place, value: make_spec(norm=value),
     "norm": lambda bundle, place, value: BidirectionalCrossAttention(dim=8, norm=value),

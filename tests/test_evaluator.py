@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bca_deploy.evaluator import strict_runner
+from bca_deploy.parity.strict_evaluator import strict_runner
 
 KINDS = {np.dtype(np.float16): TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16}
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bca_deploy import pipeline
-from bca_deploy.bundle import Bundle
-from bca_deploy.recipe import read_recipe
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.exporter import pipeline
+from bca_deploy.exporter.recipe import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "export" / "recipes").glob("*.toml"))
 

@@ -17,13 +17,13 @@ import pytest
 from servers import Server
 
 import bca_deploy
-from bca_deploy.bundle import Bundle
-from bca_deploy.client import RemoteSession
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError
 from bca_deploy.forks import ForkLock, PrivateDirectory
-from bca_deploy.isolation import exporter_alone, one_thread
-from bca_deploy.metrics import Meter
-from bca_deploy.session import Session
+from bca_deploy.layers.isolation import exporter_alone, one_thread
+from bca_deploy.serving.client import RemoteSession
+from bca_deploy.session.metrics import Meter
+from bca_deploy.session.session import Session
 
 #: Longest that a child may take before it counts as one that hangs.
 HANGS_S = 60

@@ -13,19 +13,22 @@ from conftest import make_checkpoint
 from safetensors.torch import save_file
 
 import bca_deploy
-from bca_deploy import engines, nvidia, refitting, selftest
-from bca_deploy.bundle import Bundle
-from bca_deploy.checkpoint import Checkpoint, read
-from bca_deploy.engine import compile_engine
-from bca_deploy.engine_backend import engine_runner
+from bca_deploy.bundle import selftest
+from bca_deploy.bundle.manifest import SELFTEST_FILE, WEIGHTS_FILE, EngineEntry
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.engines import build as engines
+from bca_deploy.engines import libraries
+from bca_deploy.engines.compile import compile_engine
+from bca_deploy.engines.gpus import query
+from bca_deploy.engines.libraries import LIBRARIES
 from bca_deploy.errors import EngineError, InputError, MissingDependencyError
-from bca_deploy.gpus import query
-from bca_deploy.manifest import SELFTEST_FILE, WEIGHTS_FILE, EngineEntry
-from bca_deploy.nvidia import LIBRARIES
-from bca_deploy.parity import Runtimes, Subject, judge
-from bca_deploy.runners import Runner, at_edges
+from bca_deploy.exporter import refit as refitting
+from bca_deploy.layers.checkpoint import Checkpoint, read
+from bca_deploy.parity.rule import Runtimes, Subject, judge
+from bca_deploy.parity.runners import Runner, at_edges
+from bca_deploy.parity.verdict import Verdict
+from bca_deploy.session.backends.engine_runner import engine_runner
 from bca_deploy.spec import EngineLibrary, Precision
-from bca_deploy.verdict import Verdict
 
 GPUS = query()
 pytestmark = [
@@ -48,7 +51,7 @@ def need(library: EngineLibrary, precision: Precision = "fp16") -> dict[str, Any
     """Return what ``build`` needs to compile for this GPU, or skip."""
     capability = GPUS.found[0].compute_capability
     try:
-        nvidia.load(library)
+        libraries.load(library)
     except MissingDependencyError as error:
         pytest.skip(str(error))
     if precision == "bf16" and capability == "sm75":

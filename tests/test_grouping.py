@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.grouping import PADDING, grouped
+from bca_deploy.session.padding import PADDING, grouped
 from bca_deploy.spec import DimRange, Dims
 
 SHORT = Dims(DimRange(1, 1, 16), DimRange(1, 64, 128), DimRange(1, 64, 128))

@@ -6,8 +6,8 @@ from conftest import make_checkpoint
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bca_deploy import in_order
-from bca_deploy.in_order import InOrder
+from bca_deploy.layers import in_order
+from bca_deploy.layers.in_order import InOrder
 
 LAYERS: list[dict[str, object]] = [
     {"prenorm": True},

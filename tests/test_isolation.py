@@ -21,11 +21,11 @@ from conftest import make_checkpoint
 from torch import nn
 
 import bca_deploy
-from bca_deploy import isolation
-from bca_deploy.bundle import Bundle
-from bca_deploy.checkpoint import read
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import CheckpointError, ExportError
-from bca_deploy.isolation import exporter_alone, one_thread, plain_torch
+from bca_deploy.layers import isolation
+from bca_deploy.layers.checkpoint import read
+from bca_deploy.layers.isolation import exporter_alone, one_thread, plain_torch
 
 DIMS = {"batch": {"min": 1, "opt": 2, "max": 4}} | {n: {"min": 1, "opt": 7, "max": 9} for n in ("x_len", "context_len")}
 
@@ -79,7 +79,7 @@ def break_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_parity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bca_deploy.yardstick.make_inputs", lambda *args: 1 / 0)
+    monkeypatch.setattr("bca_deploy.parity.yardstick.make_inputs", lambda *args: 1 / 0)
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import torch
 from cuda.core.utils import StridedMemoryView
 from test_bundle import run_without
 
-from bca_deploy import nvidia
-from bca_deploy.cuda import array_of, failing_as, open_gpu
-from bca_deploy.engine_backend import engine_runner
+from bca_deploy.engines import libraries
+from bca_deploy.engines.gpus import query
 from bca_deploy.errors import EngineError, InputError
-from bca_deploy.gpus import query
-from bca_deploy.loaded_engine import EngineOptions, LoadedEngine, Said, load_engine
+from bca_deploy.session.backends.cuda import array_of, failing_as, open_gpu
+from bca_deploy.session.backends.engine_runner import engine_runner
+from bca_deploy.session.backends.loaded_engine import EngineOptions, LoadedEngine, Said, load_engine
 
 
 def test_an_absent_engine_is_refused(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_an_element_type_that_no_model_here_has_is_refused() -> None:
         num_io_tensors=1, get_tensor_name=lambda index: "x", get_tensor_dtype=lambda name: SimpleNamespace(name="FP8")
     )
     with pytest.raises(EngineError, match=r"^the engine's x is FP8; models here have FLOAT, HALF, BF16, BOOL$"):
-        LoadedEngine(nvidia.load("rtx"), engine, Said(), EngineOptions())
+        LoadedEngine(libraries.load("rtx"), engine, Said(), EngineOptions())
 
 
 @pytest.mark.skipif(bool(query().found), reason="this machine has a GPU")
@@ -47,7 +47,7 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("absent", ["tensorrt", "cuda"])
 def test_without_a_library_the_command_is_given(absent: str) -> None:
     script = f"""
-from bca_deploy.engine_backend import engine_runner
+from bca_deploy.session.backends.engine_runner import engine_runner
 from bca_deploy.errors import MissingDependencyError
 from pathlib import Path
 try:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from rounding import rounding
 from torch import Tensor
 
-from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import LoweringError
-from bca_deploy.lowering import DTYPES, LoweredModel, choose, graph_state, lower
+from bca_deploy.layers.checkpoint import Checkpoint
+from bca_deploy.layers.lowered_model import DTYPES, LoweredModel, choose, graph_state, lower
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Lowering, Precision
 
 B, N, M, H = 4, 5, 7, 3
@@ -201,7 +201,7 @@ def test_dead_rows_are_the_mean_of_all_values_not_zero(lowering: Lowering, preci
 def test_a_variant_that_zeroes_dead_rows_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = sharp(make_checkpoint(prenorm=True))
     inputs = make_inputs(checkpoint.spec, "both")
-    monkeypatch.setattr("bca_deploy.lowered_attention._mean", lambda values: torch.zeros_like(values[:1]))
+    monkeypatch.setattr("bca_deploy.layers.lowered_attention._mean", lambda values: torch.zeros_like(values[:1]))
     with pytest.raises(AssertionError, match="dead"):
         assert_equal(lower(checkpoint, "fused")(**inputs), truth(checkpoint, inputs), inputs, "zeroed")
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.many import Size, schedule
+from bca_deploy.session.many import Size, schedule
 
 lengths = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=40)
 

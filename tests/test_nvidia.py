@@ -17,13 +17,13 @@ from typing import Any, get_args
 
 import pytest
 
-from bca_deploy import builder, nvidia
+from bca_deploy.bundle.engine_options import EngineTable, HardwareCompatibility
+from bca_deploy.engines import builder_process, libraries
+from bca_deploy.engines.libraries import LIBRARIES, check_targets
 from bca_deploy.errors import InputError, MissingDependencyError
-from bca_deploy.nvidia import LIBRARIES, check_targets
-from bca_deploy.recipe import EngineTable, HardwareCompatibility
 from bca_deploy.spec import EngineLibrary, Precision
 
-PACKAGE = Path(nvidia.__file__).parent
+PACKAGE = Path(libraries.__file__).parent
 #: Bare bindings of TensorRT 10 and 11, put there by `make setup`; their libraries are not on PyPI.
 BINDINGS = Path(sys.prefix) / "bindings"
 MODULES = {"10": "tensorrt_bindings", "11": "tensorrt_bindings", "rtx": "tensorrt_rtx"}
@@ -373,7 +373,7 @@ def test_what_only_tensorrt_rtx_has_is_reached_only_with_targets(surfaces: Surfa
     only = {name for name in used if name in surfaces["rtx"] and name not in surfaces["10"]}
     assert only == {name for name in used if is_rtx_only(name)}
     assert not {name for name in only if name in surfaces["11"]}
-    builder._set_targets(object(), [])  # type: ignore[arg-type]  # an object without attributes: nothing is set on it
+    builder_process._set_targets(object(), [])  # type: ignore[arg-type]  # an object without attributes: nothing is set on it
 
 
 def test_tensorrt_is_never_given_targets() -> None:
@@ -383,7 +383,7 @@ def test_tensorrt_is_never_given_targets() -> None:
 
 
 def test_the_targets_are_those_of_the_installed_tensorrt_rtx() -> None:
-    names = set(nvidia.load("rtx").ComputeCapability.__members__) - {"NONE", "CURRENT"}
+    names = set(libraries.load("rtx").ComputeCapability.__members__) - {"NONE", "CURRENT"}
     assert {name.lower() for name in names} == set(LIBRARIES["rtx"].targets)
 
 
@@ -410,7 +410,7 @@ def test_an_absent_library_is_refused_with_the_command(monkeypatch: pytest.Monke
     module = LIBRARIES[name].module
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError) as refused:
-        nvidia.load(name)
+        libraries.load(name)
     assert str(refused.value) == f"{module} is not installed; run: pip install 'bca-deploy[{name}]'"
 
 
@@ -418,7 +418,7 @@ def test_type_stubs_alone_are_no_library(monkeypatch: pytest.MonkeyPatch) -> Non
     # A directory of .pyi files imports as an empty namespace.
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     with pytest.raises(MissingDependencyError, match=r"tensorrt is not installed; run: pip install 'bca-deploy\[tensorrt\]'"):
-        nvidia.load("tensorrt")
+        libraries.load("tensorrt")
 
 
 @pytest.mark.usefixtures("no_tensorrt")
@@ -426,7 +426,7 @@ def test_type_stubs_alone_are_no_library(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_library_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     installed(tmp_path, monkeypatch, f"raise {error}('libnvinfer.so.10: cannot open shared object file')")
     with pytest.raises(MissingDependencyError) as refused:
-        nvidia.load("tensorrt")
+        libraries.load("tensorrt")
     assert str(refused.value) == (
         "tensorrt does not load (libnvinfer.so.10: cannot open shared object file); run: pip install --force-reinstall tensorrt"
     )
@@ -436,11 +436,11 @@ def test_a_library_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pyte
 def test_a_library_without_its_bindings_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, monkeypatch, "from tensorrt_bindings_of_another_python import *")
     with pytest.raises(MissingDependencyError, match="tensorrt is not installed; run: pip install"):
-        nvidia.load("tensorrt")
+        libraries.load("tensorrt")
 
 
 def test_a_library_loads() -> None:
-    assert nvidia.load("rtx") is sys.modules["tensorrt_rtx"]
+    assert libraries.load("rtx") is sys.modules["tensorrt_rtx"]
 
 
 # ---- what the libraries are

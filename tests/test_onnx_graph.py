@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import make_checkpoint, make_spec
 
-from bca_deploy import onnx_graph
-from bca_deploy.checkpoint import Checkpoint
 from bca_deploy.errors import ExportError, InputError
-from bca_deploy.lowering import graph_state, lower
-from bca_deploy.onnx_graph import OPSETS, trace, write
+from bca_deploy.exporter import graph
+from bca_deploy.exporter.graph import OPSETS, trace, write
+from bca_deploy.layers.checkpoint import Checkpoint
+from bca_deploy.layers.lowered_model import graph_state, lower
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision
 
 
@@ -125,7 +125,7 @@ def test_an_exporter_that_gives_another_opset_is_an_error(
     checkpoint, path = masked
     silently_18 = ir.load(path)
     silently_18.opset_imports[""] = 18
-    monkeypatch.setattr(onnx_graph, "_run_exporter", lambda *args: silently_18)
+    monkeypatch.setattr(graph, "_run_exporter", lambda *args: silently_18)
     with pytest.raises(ExportError, match="asked for opset 17, but the exporter gave opset 18"):
         traced(checkpoint, Interface())
 

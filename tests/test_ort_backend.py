@@ -15,11 +15,12 @@ from rounding import is_same
 from test_session import make
 
 import bca_deploy
-from bca_deploy import backends, ort_backend
-from bca_deploy.bundle import Bundle
+from bca_deploy.bundle.manifest import GpuEntry
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.engines.gpus import Gpus
 from bca_deploy.errors import EngineError, InputError
-from bca_deploy.gpus import Gpus
-from bca_deploy.manifest import GpuEntry
+from bca_deploy.session.backends import choice
+from bca_deploy.session.backends import ort as ort_backend
 
 
 class Binding:
@@ -80,7 +81,7 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> Ort:
     monkeypatch.setattr(ort_backend, "onnxruntime", lambda: found)
     monkeypatch.setattr(ort_backend, "open_gpu", lambda: gpu)
     gpus = Gpus((GpuEntry(name="Double", compute_capability="sm90", driver="1"),), "13.0")
-    monkeypatch.setattr(backends, "query", lambda: gpus)
+    monkeypatch.setattr(choice, "query", lambda: gpus)
     return found
 
 
@@ -152,7 +153,7 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(exported: Bundle, ort: Ort) 
 def test_onnxruntime_reports_nothing_and_the_environment_stays_as_it_was(tmp_path: Path, repository: Path) -> None:
     model = repository / "tests" / "fixtures" / "format1" / "models" / "fp32.onnx"
     code = (
-        "import os; before = dict(os.environ); from bca_deploy.ort_backend import onnxruntime; ort = onnxruntime();"
+        "import os; before = dict(os.environ); from bca_deploy.session.backends.ort import onnxruntime; ort = onnxruntime();"
         f"ort.InferenceSession({str(model)!r}, providers=['CPUExecutionProvider']); assert dict(os.environ) == before"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}

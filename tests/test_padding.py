@@ -15,10 +15,10 @@ from servers import bca_serve, cpp_serve
 from test_serving import by_grpc, by_rest
 
 import bca_deploy
-from bca_deploy.checkpoint import Checkpoint
-from bca_deploy.lowering import DTYPES, lower
-from bca_deploy.onnx_graph import trace, write
-from bca_deploy.runners import Runner, ort_runner, strict_runner_of
+from bca_deploy.exporter.graph import trace, write
+from bca_deploy.layers.checkpoint import Checkpoint
+from bca_deploy.layers.lowered_model import DTYPES, lower
+from bca_deploy.parity.runners import Runner, ort_runner, strict_runner_of
 from bca_deploy.spec import Bias, Interface, Lowering, Precision, Runtime
 
 Array = NDArray[Any]

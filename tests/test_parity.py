@@ -11,20 +11,20 @@ from conftest import make_checkpoint
 from defects import DEFECTS, Defect, ten_thousand, unturned_bias, zero_mean
 from layers import graphs, structure
 
-from bca_deploy import lowered_attention
-from bca_deploy.bundle import Bundle
-from bca_deploy.cases import Case, Sharpness, make_inputs
-from bca_deploy.checkpoint import Checkpoint, read
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError
-from bca_deploy.lowering import lower
-from bca_deploy.onnx_graph import trace, write
-from bca_deploy.parity import Subject, judge, judge_inputs, refuse_undefined_rows
-from bca_deploy.runners import Runner, ort_runner, sharpened_copy
+from bca_deploy.exporter.graph import trace, write
+from bca_deploy.layers import lowered_attention
+from bca_deploy.layers.checkpoint import Checkpoint, read
+from bca_deploy.layers.lowered_model import lower
+from bca_deploy.parity.cases import Case, Sharpness, make_inputs
+from bca_deploy.parity.rule import Subject, judge, judge_inputs, refuse_undefined_rows
+from bca_deploy.parity.runners import Runner, ort_runner, sharpened_copy
+from bca_deploy.parity.trial import Trial
+from bca_deploy.parity.truth import ORDERS, evaluations, run_module, sharpen, sharpening, true_outputs
+from bca_deploy.parity.verdict import Verdict
+from bca_deploy.parity.yardstick import Inputs, Yardstick
 from bca_deploy.spec import DimRange, Dims, Interface, Lowering, Precision
-from bca_deploy.trial import Trial
-from bca_deploy.truth import ORDERS, evaluations, run_module, sharpen, sharpening, true_outputs
-from bca_deploy.verdict import Verdict
-from bca_deploy.yardstick import Inputs, Yardstick
 
 BIASED = Interface(rel_pos_bias="shared")
 
@@ -116,7 +116,7 @@ def test_nan_never_passes(right: Subject, monkeypatch: pytest.MonkeyPatch) -> No
             "context_out": np.zeros((*inputs["context"].shape[:2], 16), np.float32),
         }
 
-    monkeypatch.setattr("bca_deploy.parity.ort_runner", nan_somewhere)
+    monkeypatch.setattr("bca_deploy.parity.rule.ort_runner", nan_somewhere)
     verdict = judge(right, "quick")
     assert not verdict
     assert "out has" in verdict.failures[0]
@@ -139,7 +139,7 @@ def test_a_failing_runtime_is_a_finding(right: Subject, monkeypatch: pytest.Monk
 
         return run
 
-    monkeypatch.setattr("bca_deploy.parity.ort_runner", broken)
+    monkeypatch.setattr("bca_deploy.parity.rule.ort_runner", broken)
     verdict = judge(right, "quick")
     assert "failed to run: no such kernel" in verdict.failures[0]
 
@@ -273,13 +273,13 @@ def nearly_exact(module: torch.nn.Module, inputs: object, interface: Interface, 
 def test_a_model_that_sums_in_order_passes_beside_an_eager_that_does_not(
     right: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bca_deploy.truth.run_module", nearly_exact)
+    monkeypatch.setattr("bca_deploy.parity.truth.run_module", nearly_exact)
     verdict = judge(right, "quick")
     assert verdict, verdict.failures
     settled = [group for group in verdict.groups if group.orders]
     assert settled
     assert len([note for note in verdict.notes if "beside PyTorch eager alone" in note]) == len(settled)
-    monkeypatch.setattr("bca_deploy.parity.in_doubt", lambda results: set())
+    monkeypatch.setattr("bca_deploy.parity.rule.in_doubt", lambda results: set())
     assert not judge(right, "quick"), "beside that eager alone it would have failed"
 
 
@@ -294,7 +294,7 @@ def test_one_near_tie_that_one_order_of_sums_hits_by_chance_passes_beside_more_o
         found = [nearly_exact(module, inputs, interface, dtype)] * (1 + orders)
         return found[:-1] + evaluations(module, inputs, interface, dtype, 1)[1:] if orders == ORDERS else found
 
-    monkeypatch.setattr("bca_deploy.yardstick.evaluations", nearly_all_exact)
+    monkeypatch.setattr("bca_deploy.parity.yardstick.evaluations", nearly_all_exact)
     verdict = judge(right, "quick")
     assert verdict, verdict.failures
     assert set(made) == {0, 1, ORDERS}
@@ -312,7 +312,7 @@ def test_sums_in_order_settle_the_users_own_inputs_too(right: Subject, monkeypat
     monkeypatch.setattr(Yardstick, "trial", seen)
     sample = make_inputs(Case("padded", "plain", 2, 7, 5, 0), right.checkpoint.spec, right.interface, "fp32")
     assert judge_inputs(right, {"mine": sample})
-    monkeypatch.setattr("bca_deploy.truth.IN_ORDER_WORK", 0)  # too large to be summed in order: eager alone judges
+    monkeypatch.setattr("bca_deploy.parity.truth.IN_ORDER_WORK", 0)  # too large to be summed in order: eager alone judges
     verdict = judge_inputs(right, {"mine": sample})
     assert asked == [ORDERS, 0]
     assert verdict.results[0].regions["live"].in_order == ()
@@ -322,5 +322,5 @@ def test_sums_in_order_settle_the_users_own_inputs_too(right: Subject, monkeypat
 def test_a_yardstick_serves_every_model_of_its_precision(right: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     yardstick = Yardstick(right.checkpoint, right.interface, right.precision)
     first = judge(right, "quick", yardstick=yardstick)
-    monkeypatch.setattr("bca_deploy.yardstick.true_outputs", None)  # the truth of each case is known by now
+    monkeypatch.setattr("bca_deploy.parity.yardstick.true_outputs", None)  # the truth of each case is known by now
     assert judge(right, "quick", yardstick=yardstick) == first

@@ -11,10 +11,11 @@ import torch
 from conftest import make_checkpoint
 
 import bca_deploy
-from bca_deploy import lowered_attention, pipeline
-from bca_deploy.bundle import Bundle
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BundleError, CheckpointError, InputError, LoweringError, ParityError
-from bca_deploy.recipe import Recipe, read_recipe
+from bca_deploy.exporter import pipeline
+from bca_deploy.exporter.recipe import Recipe, read_recipe
+from bca_deploy.layers import lowered_attention
 
 
 def run_model(bundle: Bundle, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
@@ -78,7 +79,7 @@ def test_wrong_heads_are_caught_by_the_user_s_sample(tmp_path: Path) -> None:
     sample = inputs | {"out": out.numpy(), "context_out": context_out.numpy()}
     recipe = read_recipe(None, {"inputs": {"mask": False, "context_mask": False}})
     assert pipeline.make_plan(recipe, right, tmp_path / "m", expected=sample).expected
-    from bca_deploy.checkpoint import from_state
+    from bca_deploy.layers.checkpoint import from_state
 
     with pytest.raises(ParityError, match="check --heads"):
         pipeline.make_plan(recipe, from_state(right.state, heads=6), tmp_path / "m", expected=sample)

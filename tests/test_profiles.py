@@ -9,11 +9,11 @@ from conftest import make_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.cli_common import read_range
+from bca_deploy.bundle.engine_options import ProfileTable
+from bca_deploy.bundle.manifest import TensorEntry
+from bca_deploy.cli.common import read_range
+from bca_deploy.engines.profiles import Ranges, choose_profile, is_static, resolve, shapes
 from bca_deploy.errors import InputError
-from bca_deploy.manifest import TensorEntry
-from bca_deploy.profiles import Ranges, choose_profile, is_static, resolve, shapes
-from bca_deploy.recipe import ProfileTable
 from bca_deploy.spec import DimRange, Dims, Interface
 
 DIMS = Dims(batch=DimRange(1, 4, 8), x_len=DimRange(2, 512, 2048), context_len=DimRange(1, 300, 1024))

@@ -73,7 +73,7 @@ def test_the_code_map_lists_every_module(repository: Path) -> None:
 
 
 def test_the_manifest_table_names_every_field() -> None:
-    from bca_deploy.manifest import Manifest, ModelEntry, ParityEntry, TensorEntry
+    from bca_deploy.bundle.manifest import Manifest, ModelEntry, ParityEntry, TensorEntry
 
     section = TEXT.split("The manifest, field by field:")[1].split("\n## ")[0]
     for model in (Manifest, ModelEntry, ParityEntry, TensorEntry):

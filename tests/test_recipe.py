@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bca_deploy.errors import InputError
-from bca_deploy.lowering import choose
-from bca_deploy.onnx_graph import check_opset
-from bca_deploy.pipeline import load_checkpoint
-from bca_deploy.recipe import Recipe, read_recipe
+from bca_deploy.exporter.graph import check_opset
+from bca_deploy.exporter.plan import load_checkpoint
+from bca_deploy.exporter.recipe import Recipe, read_recipe
+from bca_deploy.layers.lowered_model import choose
 from bca_deploy.spec import DimRange, Dims, Interface, LayerSpec
 
 Reader = Callable[..., Recipe]

@@ -18,21 +18,26 @@ from test_store import untouched
 from typer.testing import CliRunner, Result
 
 import bca_deploy
-from bca_deploy import engines, expect, nvidia, pipeline, refitting, verification
-from bca_deploy.builder import Facts, Request
-from bca_deploy.building import build
-from bca_deploy.bundle import Bundle
-from bca_deploy.checkpoint import Checkpoint
+from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.manifest import GpuEntry, ModelEntry
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.bundle.write import staged
 from bca_deploy.cli import app
-from bca_deploy.engine import Built
-from bca_deploy.engine_log import BuildLog
+from bca_deploy.engines import build as engines
+from bca_deploy.engines import libraries
+from bca_deploy.engines.build_log import BuildLog
+from bca_deploy.engines.builder_process import Facts, Request
+from bca_deploy.engines.compile import Built
+from bca_deploy.engines.gpus import Gpus
 from bca_deploy.errors import BcaError, BundleError, EngineError, InputError
-from bca_deploy.gpus import Gpus
-from bca_deploy.manifest import GpuEntry, ModelEntry
-from bca_deploy.recipe import EngineTable
-from bca_deploy.refitting import refit
+from bca_deploy.exporter import pipeline
+from bca_deploy.exporter import refit as refitting
+from bca_deploy.exporter import verify as verification
+from bca_deploy.exporter.build import build
+from bca_deploy.exporter.refit import refit
+from bca_deploy.layers.checkpoint import Checkpoint
+from bca_deploy.parity import user_sample
 from bca_deploy.spec import Dims, Interface
-from bca_deploy.store import staged
 
 HOPPER = GpuEntry(name="NVIDIA H200", compute_capability="sm90", driver="580.1")
 
@@ -82,7 +87,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, new: Checkpoint) -> Path:
     (place / "text.safetensors").write_text("not weights")
     for name, checkpoint in (("new", new), ("old", make_checkpoint(prenorm=True))):
         module = checkpoint.module(torch.float32)
-        np.savez(place / f"{name}.npz", **expect.from_module(module, checkpoint.spec, Interface(), Dims()))  # type: ignore[arg-type]
+        np.savez(place / f"{name}.npz", **user_sample.from_module(module, checkpoint.spec, Interface(), Dims()))  # type: ignore[arg-type]
     return place
 
 
@@ -333,7 +338,7 @@ def on_hopper(engined: Path, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         return Built(Facts(version=entry.version, bytes=8), BuildLog("", (), ()), 0.1)
 
     monkeypatch.setattr(refitting, "compile_engine", answer)
-    monkeypatch.setattr(nvidia, "load", lambda name: None)
+    monkeypatch.setattr(libraries, "load", lambda name: None)
     monkeypatch.setattr(engines, "query", lambda: Gpus((HOPPER,)))
     return asked
 

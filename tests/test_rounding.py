@@ -9,11 +9,11 @@ from conftest import make_checkpoint
 from rounding import LARGEST_LOGIT, WIDEST, allowance, is_same
 from test_session import make, truth
 
-from bca_deploy.bundle import Bundle
-from bca_deploy.checkpoint import Checkpoint, read
-from bca_deploy.manifest import WEIGHTS_FILE
+from bca_deploy.bundle.manifest import WEIGHTS_FILE
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.layers.checkpoint import Checkpoint, read
+from bca_deploy.parity.truth import true_outputs
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface
-from bca_deploy.truth import true_outputs
 
 
 def fixture_layer(repository: Path) -> Checkpoint:

@@ -23,7 +23,7 @@ from rounding import is_same
 from servers import PATIENCE_S, until
 
 import bca_deploy
-from bca_deploy.bundle import Bundle
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError
 
 pytestmark = pytest.mark.slow

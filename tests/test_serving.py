@@ -24,12 +24,12 @@ from test_session import bca, make
 from tritonclient.utils import InferenceServerException
 
 import bca_deploy
-from bca_deploy import wire
-from bca_deploy.bundle import Bundle, sha256
-from bca_deploy.client import RemoteSession
+from bca_deploy.bundle.manifest import MANIFEST_FILE, SELFTEST_FILE
+from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.errors import InputError, ServerError
-from bca_deploy.manifest import MANIFEST_FILE, SELFTEST_FILE
-from bca_deploy.session import Session
+from bca_deploy.serving import protocol
+from bca_deploy.serving.client import RemoteSession
+from bca_deploy.session.session import Session
 
 INFER = "/v2/models/bca/infer"
 
@@ -43,7 +43,7 @@ def session(exported: Bundle) -> Iterator[Session]:
 def request(inputs: dict[str, np.ndarray], **more: Any) -> tuple[bytes, dict[str, str]]:
     """A REST request with binary tensors: body and headers."""
     entries = [
-        {"name": n, "datatype": wire.DATATYPE[a.dtype.name], "shape": a.shape, "parameters": {"binary_data_size": a.nbytes}}
+        {"name": n, "datatype": protocol.DATATYPE[a.dtype.name], "shape": a.shape, "parameters": {"binary_data_size": a.nbytes}}
         for n, a in inputs.items()
     ]
     head = json.dumps({"inputs": entries, "parameters": {"binary_data_output": True}, **more}).encode()
@@ -65,7 +65,7 @@ def by_grpc(server: Server, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def _filled(library: Any, name: str, array: np.ndarray) -> Any:
-    return library.InferInput(name, array.shape, wire.DATATYPE[array.dtype.name]).set_data_from_numpy(array)
+    return library.InferInput(name, array.shape, protocol.DATATYPE[array.dtype.name]).set_data_from_numpy(array)
 
 
 @pytest.mark.parametrize("ask", [by_grpc, by_rest])
@@ -80,7 +80,8 @@ def test_the_server_gives_what_the_session_gives(served: Server, session: Sessio
 def test_json_in_and_out_gives_the_same(served: Server, session: Session) -> None:
     inputs = make(2, 7, 5)
     entries = [
-        {"name": n, "datatype": wire.DATATYPE[a.dtype.name], "shape": a.shape, "data": a.tolist()} for n, a in inputs.items()
+        {"name": n, "datatype": protocol.DATATYPE[a.dtype.name], "shape": a.shape, "data": a.tolist()}
+        for n, a in inputs.items()
     ]
     answer = served.post(INFER, json={"inputs": entries, "id": "42"}).raise_for_status().json()
     assert (answer["id"], answer["model_name"]) == ("42", "bca")
@@ -230,9 +231,9 @@ import asyncio
 from types import SimpleNamespace
 import numpy as np
 import bca_deploy
-from bca_deploy.serving import BundleModel
+from bca_deploy.serving.endpoints import BundleModel
 from bca_deploy.spec import DimRange, Dims
-from bca_deploy.wire import Request
+from bca_deploy.serving.protocol import Request
 short, long = (Dims(DimRange(1, 1, 8), DimRange(*r), DimRange(*r)) for r in ((1, 64, 128), (129, 512, 2048)))
 with bca_deploy.open({str(exported.directory)!r}) as opened:
     session = SimpleNamespace(inputs=opened.inputs, outputs=opened.outputs, dims=opened.dims, profiles=(short, long))

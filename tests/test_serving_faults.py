@@ -23,9 +23,9 @@ from test_serving import INFER, metrics, request
 from test_session import make
 from tritonclient.grpc import service_pb2 as pb
 
-from bca_deploy.bundle import Bundle
-from bca_deploy.client import RemoteSession
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, ServerError
+from bca_deploy.serving.client import RemoteSession
 
 
 @pytest.fixture(scope="module")

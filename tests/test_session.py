@@ -23,12 +23,12 @@ from test_bundle import HEAVY, run_without
 from typer.testing import CliRunner
 
 import bca_deploy
-from bca_deploy.bundle import Bundle
-from bca_deploy.checkpoint import Checkpoint, read
+from bca_deploy.bundle.manifest import WEIGHTS_FILE
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.cli import app
 from bca_deploy.errors import BcaError, BundleError, EngineError, InputError, ParityError
-from bca_deploy.manifest import WEIGHTS_FILE
-from bca_deploy.session import Session
+from bca_deploy.layers.checkpoint import Checkpoint, read
+from bca_deploy.session.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_inputs_that_track_gradients_are_taken_without_them(session: Session) ->
 
 
 def test_bfloat16_of_torch_comes_in_and_goes_out_bit_by_bit(session: Session) -> None:
-    from bca_deploy.tensors import as_array, back
+    from bca_deploy.session.arrays import as_array, back
 
     x = torch.randn(1, 3, 24).bfloat16()
     array = as_array("x", x)
@@ -128,7 +128,7 @@ class Foreign:
 
 
 def test_any_dlpack_array_is_taken_without_a_copy(session: Session) -> None:
-    from bca_deploy.tensors import as_array
+    from bca_deploy.session.arrays import as_array
 
     inputs = make(2, 5, 3, masked=False)
     foreign = Foreign(inputs["x"])
@@ -649,7 +649,7 @@ def test_spans_of_opentelemetry_are_made_of_what_an_observer_is_told(exported: B
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    from bca_deploy.metrics import Call
+    from bca_deploy.session.metrics import Call
 
     kept, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(kept))
@@ -707,7 +707,7 @@ def test_shapes_that_were_accepted_are_still_checked_for_everything_else(session
 def test_a_prometheus_registry_reads_the_metrics(exported: Bundle) -> None:
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from bca_deploy.metrics import prometheus_collector
+    from bca_deploy.session.metrics import prometheus_collector
 
     with bca_deploy.open(exported.directory) as session:
         registry = CollectorRegistry()

@@ -15,19 +15,19 @@ from pathlib import Path
 import pytest
 from conftest import make_spec
 
-from bca_deploy import store
-from bca_deploy.bundle import Bundle, sha256
+from bca_deploy.bundle import write
+from bca_deploy.bundle.manifest import FileEntry, Manifest, ModelEntry, ParityEntry
+from bca_deploy.bundle.read import Bundle, sha256
+from bca_deploy.bundle.write import staged
 from bca_deploy.errors import BundleError
-from bca_deploy.manifest import FileEntry, Manifest, ModelEntry, ParityEntry
 from bca_deploy.spec import Dims, Interface
-from bca_deploy.store import staged
 
 # A writer in a process of its own: says that it is inside, and stays there until it is told to go on.
 WRITER = """
 import sys
 from pathlib import Path
 from bca_deploy.errors import BundleError
-from bca_deploy.store import staged
+from bca_deploy.bundle.write import staged
 try:
     with staged(Path(sys.argv[1])) as directory:
         (directory / "half").write_text("written")
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_while_publishing_leaves_the_old_bundle(
     publish(tmp_path / name, model="old")
     if name == "model":
         (tmp_path / name / "notes.txt").write_text("mine")
-    monkeypatch.setattr(store.shutil, step, full_disk)
+    monkeypatch.setattr(write.shutil, step, full_disk)
     with untouched(tmp_path), pytest.raises(OSError, match="No space left"):
         publish(tmp_path / name, force=True, model="new")
     monkeypatch.undo()
@@ -210,7 +210,9 @@ def test_a_swap_that_fails_half_way_puts_the_old_bundle_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     publish(tmp_path / "model", model="old")
-    monkeypatch.setattr("bca_deploy.store._exchange", lambda one, other: False)  # a file system without the one-step swap
+    monkeypatch.setattr(
+        "bca_deploy.bundle.write._exchange", lambda one, other: False
+    )  # a file system without the one-step swap
     rename = Path.rename
 
     def second_fails(self: Path, target: Path) -> Path:
@@ -565,7 +567,7 @@ def test_every_file_of_an_exported_bundle_is_as_readable_as_any_other(exported: 
 
 def test_a_bundle_that_was_changed_stays_readable(exported: Bundle, tmp_path: Path) -> None:
     shutil.copytree(exported.directory, tmp_path / "model")
-    with store.revised(tmp_path / "model") as (_, directory):
+    with write.revised(tmp_path / "model") as (_, directory):
         (directory / "weights.safetensors").chmod(0o600)
     assert modes(tmp_path / "model") == ordinary(tmp_path)
 

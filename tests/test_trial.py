@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import make_checkpoint, make_spec
 
-from bca_deploy import trial, truth
-from bca_deploy.cases import Case, make_inputs
+from bca_deploy.parity import trial, truth
+from bca_deploy.parity.cases import Case, make_inputs
+from bca_deploy.parity.trial import Trial, allowed_error, roundoff_slack, truth_and_bounds
 from bca_deploy.spec import Interface
-from bca_deploy.trial import Trial, allowed_error, roundoff_slack, truth_and_bounds
 
 TRUTH = {"out": np.ones((1, 2, 4)), "context_out": np.ones((1, 3, 4))}
 LIVE = {

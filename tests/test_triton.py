@@ -20,16 +20,16 @@ from test_session import bca, make
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 import bca_deploy
-from bca_deploy import triton as packaging
-from bca_deploy.bundle import Bundle, sha256
-from bca_deploy.client import RemoteSession
+from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest
+from bca_deploy.bundle.read import Bundle, sha256
+from bca_deploy.bundle.write import seal
 from bca_deploy.errors import EngineError, InputError
-from bca_deploy.manifest import EngineEntry, GpuEntry, Manifest
-from bca_deploy.recipe import EngineTable
-from bca_deploy.session import Session
+from bca_deploy.packaging import triton_repository as packaging
+from bca_deploy.packaging.triton_repository import Options
+from bca_deploy.serving.client import RemoteSession
+from bca_deploy.session.session import Session
 from bca_deploy.spec import DimRange, Dims
-from bca_deploy.store import seal
-from bca_deploy.triton import Options
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_front_carries_the_packages_own_rules_unchanged(exported: Bundle, tm
     front, _ = packaging.write(exported, tmp_path, Options())
     source = Path(bca_deploy.__file__).parent
     carried = {path.name for path in (front / "1" / "bca_deploy").iterdir()} - {"__init__.py"}
-    assert carried == {"contract.py", "errors.py", "grouping.py", "spec.py"}
+    assert carried == {"contract.py", "errors.py", "padding.py", "spec.py"}
     for name in carried:
         assert (front / "1" / "bca_deploy" / name).read_bytes() == (source / name).read_bytes()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bca_deploy.verdict import (
+from bca_deploy.parity.verdict import (
     OWN_INPUTS,
     CaseResult,
     PeerError,

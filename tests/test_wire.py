@@ -12,22 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from bca_deploy import wire, wire_rest
 from bca_deploy.errors import InputError
+from bca_deploy.serving import protocol, protocol_rest
 
 X = np.arange(24, dtype=np.float32).reshape(1, 2, 12)
 MASK = np.array([[True, False]])
 
 
-def rest(*tensors: dict[str, Any], binary: bytes = b"", **more: Any) -> wire.Request:
+def rest(*tensors: dict[str, Any], binary: bytes = b"", **more: Any) -> protocol.Request:
     head = json.dumps({"inputs": list(tensors), **more}).encode()
-    return wire_rest.from_rest(head + binary, str(len(head)))
+    return protocol_rest.from_rest(head + binary, str(len(head)))
 
 
 def entry(name: str, array: np.ndarray, **changes: Any) -> dict[str, Any]:
     """An input whose bytes follow the JSON."""
     parameters = {"binary_data_size": array.nbytes}
-    made = {"name": name, "datatype": wire.DATATYPE[array.dtype.name], "shape": list(array.shape), "parameters": parameters}
+    made = {"name": name, "datatype": protocol.DATATYPE[array.dtype.name], "shape": list(array.shape), "parameters": parameters}
     return made | changes
 
 
@@ -44,8 +44,8 @@ def grpc(name: str, datatype: str, shape: list[int], raw: bytes | None = None, *
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, np.int64, np.uint8, ml_dtypes.bfloat16, np.bool_])
 def test_binary_tensors_come_as_they_were_sent(dtype: Any) -> None:
     array = (np.arange(6).reshape(2, 3) % 2).astype(dtype)
-    datatype = wire.DATATYPE[array.dtype.name]
-    by_grpc = wire.from_grpc(grpc("x", datatype, [2, 3], array.tobytes())).inputs["x"]
+    datatype = protocol.DATATYPE[array.dtype.name]
+    by_grpc = protocol.from_grpc(grpc("x", datatype, [2, 3], array.tobytes())).inputs["x"]
     by_rest = rest(entry("x", array), binary=array.tobytes()).inputs["x"]
     for got in (by_grpc, by_rest):
         assert got.dtype == dtype
@@ -54,7 +54,7 @@ def test_binary_tensors_come_as_they_were_sent(dtype: Any) -> None:
 
 def test_grpc_tensors_share_the_memory_of_the_message() -> None:
     raw = X.tobytes()
-    array = wire.from_bytes("x", np.dtype(np.float32), [1, 2, 12], raw)
+    array = protocol.from_bytes("x", np.dtype(np.float32), [1, 2, 12], raw)
     assert np.shares_memory(array, np.frombuffer(raw, np.uint8))
 
 
@@ -70,9 +70,9 @@ def test_a_tensor_that_begins_at_any_byte_of_a_body_is_aligned_for_the_runtime()
     ("INT32", "int_contents", [-1, 2]), ("UINT8", "uint_contents", [1, 2]), ("INT64", "int64_contents", [-1, 2]),
 ])  # fmt: skip
 def test_grpc_tensors_may_come_as_values(datatype: str, field: str, values: list[Any]) -> None:
-    got = wire.from_grpc(grpc("x", datatype, [2], **{field: values})).inputs["x"]
+    got = protocol.from_grpc(grpc("x", datatype, [2], **{field: values})).inputs["x"]
     assert got.tolist() == values
-    assert got.dtype == wire.NUMPY[datatype]
+    assert got.dtype == protocol.NUMPY[datatype]
 
 
 @pytest.mark.parametrize("data", [X.tolist(), X.reshape(-1).tolist()], ids=["nested", "flat"])
@@ -92,7 +92,7 @@ def test_what_a_client_asks_for_is_kept() -> None:
     message = grpc("x", "FP32", [1], b"\0\0\0\0")
     message.parameters["cast"].bool_param = True
     message.outputs.add(name="out")
-    asked = wire.from_grpc(message)
+    asked = protocol.from_grpc(message)
     assert (asked.id, asked.cast, asked.outputs) == ("7", True, {"out": True})
 
 
@@ -156,13 +156,13 @@ def test_an_empty_tensor_of_an_impossible_size_is_refused() -> None:
 ])  # fmt: skip
 def test_a_body_that_is_not_the_protocols_json_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        wire_rest.from_rest(text, None)
+        protocol_rest.from_rest(text, None)
 
 
 @pytest.mark.parametrize("length", ["-1", "9999", "1e3", "", "०", "9" * 50, "+5"])
 def test_a_header_length_that_is_no_length_of_this_body_is_refused(length: str) -> None:
     with pytest.raises(InputError, match="Inference-Header-Content-Length is "):
-        wire_rest.from_rest(b"{}", length)
+        protocol_rest.from_rest(b"{}", length)
 
 
 def test_inputs_and_outputs_given_twice_are_refused() -> None:
@@ -173,10 +173,10 @@ def test_inputs_and_outputs_given_twice_are_refused() -> None:
     message = grpc("x", "FP32", [1], b"\0\0\0\0")
     message.inputs.append(message.inputs[0])
     with pytest.raises(InputError, match="1 raw_input_contents for 2 inputs"):
-        wire.from_grpc(message)
+        protocol.from_grpc(message)
     message.raw_input_contents.append(b"\0\0\0\0")
     with pytest.raises(InputError, match="input x is given twice"):
-        wire.from_grpc(message)
+        protocol.from_grpc(message)
 
 
 def test_shared_memory_is_refused_instead_of_being_passed_over() -> None:
@@ -190,11 +190,11 @@ def test_shared_memory_is_refused_instead_of_being_passed_over() -> None:
     message = grpc("x", "FP32", [1], b"\0\0\0\0")
     message.outputs.add(name="out").parameters["shared_memory_region"].string_param = "r"
     with pytest.raises(InputError, match="out is in shared memory"):
-        wire.from_grpc(message)
+        protocol.from_grpc(message)
     del message.outputs[:]
     message.inputs[0].parameters["shared_memory_region"].string_param = "r"
     with pytest.raises(InputError, match="x is in shared memory"):
-        wire.from_grpc(message)
+        protocol.from_grpc(message)
 
 
 def test_bytes_after_the_last_tensor_are_refused() -> None:
@@ -207,23 +207,23 @@ def test_bytes_and_values_at_once_are_refused() -> None:
     tensor = message.inputs.add(name="x", datatype="FP32", shape=X.shape)
     tensor.contents.fp32_contents.append(1.0)
     with pytest.raises(InputError, match="input x has contents, and the request raw_input_contents; give one of them"):
-        wire.from_grpc(message)
+        protocol.from_grpc(message)
 
 
 def test_half_precision_does_not_travel_as_values() -> None:
     with pytest.raises(InputError, match="input x is FP16, which travels as raw_input_contents alone"):
-        wire.from_grpc(grpc("x", "FP16", [1]))
+        protocol.from_grpc(grpc("x", "FP16", [1]))
 
 
 def test_an_output_that_the_model_does_not_give_is_refused() -> None:
-    request = wire.Request({}, {"context_ou": True})
+    request = protocol.Request({}, {"context_ou": True})
     with pytest.raises(InputError, match=r"no output 'context_ou' \(did you mean 'context_out'\?\); it gives out, context_out"):
-        wire.wanted(request, {"out": X, "context_out": X})
+        protocol.wanted(request, {"out": X, "context_out": X})
 
 
 def test_an_answer_holds_what_was_asked_for_in_the_form_that_was_asked_for() -> None:
-    request = wire.Request({}, {"out": True, "context_out": False}, id="3")
-    body, length = wire_rest.to_rest(wire.wanted(request, {"out": X, "context_out": X[..., :2], "attn": X}), "m")
+    request = protocol.Request({}, {"out": True, "context_out": False}, id="3")
+    body, length = protocol_rest.to_rest(protocol.wanted(request, {"out": X, "context_out": X[..., :2], "attn": X}), "m")
     head = orjson.loads(body[:length])
     assert (head["id"], head["model_name"]) == ("3", "m")
     assert [(o["name"], o["datatype"], o["shape"]) for o in head["outputs"]] == [
@@ -237,16 +237,16 @@ def test_an_answer_holds_what_was_asked_for_in_the_form_that_was_asked_for() -> 
 
 def test_half_precision_is_not_put_into_json() -> None:
     with pytest.raises(InputError, match="output out is float16, which JSON cannot hold; ask for it as binary_data"):
-        wire_rest.to_rest(wire.Answer(wire.Request({}, binary=False), {"out": X.astype(np.float16)}), "m")
+        protocol_rest.to_rest(protocol.Answer(protocol.Request({}, binary=False), {"out": X.astype(np.float16)}), "m")
 
 
 def test_numbers_that_are_not_finite_are_null_in_json() -> None:
-    answer = wire.Answer(wire.Request({}, binary=False), {"out": np.array([1.5, np.nan, np.inf], np.float32)})
-    assert json.loads(wire_rest.to_rest(answer, "m")[0])["outputs"][0]["data"] == [1.5, None, None]
+    answer = protocol.Answer(protocol.Request({}, binary=False), {"out": np.array([1.5, np.nan, np.inf], np.float32)})
+    assert json.loads(protocol_rest.to_rest(answer, "m")[0])["outputs"][0]["data"] == [1.5, None, None]
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.binary(max_size=300), st.none() | st.text(max_size=6))
 def test_no_body_makes_anything_but_a_request_or_a_refusal(body: bytes, length: str | None) -> None:
     with contextlib.suppress(InputError):
-        wire_rest.from_rest(body, length)
+        protocol_rest.from_rest(body, length)

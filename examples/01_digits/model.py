@@ -6,7 +6,7 @@ import torch
 from data import HALF, PIXELS
 from torch import Tensor, nn
 
-from bca_deploy.attention import BidirectionalCrossAttention
+from bca_deploy.layers.reference import BidirectionalCrossAttention
 
 # (x, context, mask, context_mask) -> (out, context_out)
 Fusion = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]

@@ -1,4 +1,4 @@
-// What a model takes, checked before the call, in the words of the Python package's contract.py.
+// What a model takes, checked before the call, in the words of the Python package's session/contract.py.
 // tests/contract_cases.json is the table of refusals that both are held to.
 #pragma once
 

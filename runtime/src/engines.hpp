@@ -1,4 +1,4 @@
-// Which of a bundle's engines may be used here. What is stale is refused, in the words of the Python package's engines.py.
+// Which of a bundle's engines may be used here. What is stale is refused, in the words of the Python package's engines/build.py.
 #pragma once
 
 #include <optional>

@@ -1,0 +1,1 @@
+"""What leaves the export and what every runtime opens: whole, or refused."""

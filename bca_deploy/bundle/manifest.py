@@ -1,0 +1,131 @@
+"""The bundle's manifest, format 1: what is in the bundle, field by field. The README documents it, docs/ holds its schema."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.spec import Axis, Dims, EngineLibrary, Interface, LayerSpec, Lowering, Precision, Runtime
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+SELFTEST_FILE = "selftest.npz"
+EXPECT_FILE = "expect.npz"
+PARITY_FILE = "parity.json"
+BUILD_FILE = "build.json"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+DType = Literal["float32", "float16", "bfloat16", "bool"]
+#: The element type of a model's weights and products.
+DTYPE_OF: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+Evidence = Literal["log", "scratch", "unknown"]
+
+
+class _Model(BaseModel):
+    # JSON has no Infinity: the ratio of a bundle that failed parity may be the string.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class TensorEntry(_Model):
+    """One input or output of a model."""
+
+    name: str = Field(description="name in the graph; look tensors up by it, never by position")
+    dtype: DType = Field(description="element type")
+    axes: tuple[Axis, ...] = Field(description="a number is a fixed size, a string one of the named dimensions in `dims`")
+
+
+class ParityEntry(_Model):
+    """How the model was held against PyTorch; the whole report is in parity.json."""
+
+    passed: bool = Field(description="false only in a bundle kept by --keep-failed")
+    scope: Literal["quick", "full"] = Field(description="which parity matrix ran")
+    cases: int = Field(description="distinct cases")
+    runtimes: tuple[str, ...] = Field(description="what the cases ran on")
+    worst_ratio: float = Field(
+        description="pooled RMS error over PyTorch's at the same precision, of the pool nearest to its limit"
+    )
+
+
+class ModelEntry(_Model):
+    """One ONNX file."""
+
+    file: str = Field(description="path in the bundle")
+    runtime: Runtime = Field(description="what the graph is made for; portable means plain ai.onnx operators")
+    opset: int = Field(description="ai.onnx opset of the file")
+    precision: Precision = Field(description="of weights and activations; norms and means over values are float32")
+    lowering: Lowering = Field(description="form of the attention in the graph")
+    keep_io_types: bool = Field(description="whether the edges are float32 whatever the precision")
+    nodes: int = Field(description="nodes in the graph")
+    external_data: str | None = Field(description="file that holds the weights, where they are outside the .onnx file")
+    inputs: tuple[TensorEntry, ...] = Field(description="all inputs, each of them required by the graph")
+    outputs: tuple[TensorEntry, ...] = Field(description="all outputs")
+    parity: ParityEntry
+
+
+class GpuEntry(_Model):
+    """A GPU, as its driver names it."""
+
+    name: str = Field(description="product name")
+    compute_capability: str = Field(description="such as sm90")
+    driver: str = Field(description="version of the driver")
+
+
+class EngineEntry(_Model):
+    """One compiled engine."""
+
+    file: str = Field(description="path in the bundle")
+    library: EngineLibrary = Field(description="what loads it: TensorRT or TensorRT-RTX")
+    version: str = Field(description="version of that library, which must load it unless it is version compatible")
+    model: str = Field(description="the ONNX file it was compiled from")
+    model_sha256: Sha256 = Field(description="that file's hash then; another one now means that the engine is stale")
+    precision: Precision = Field(description="of the model")
+    targets: tuple[str, ...] = Field(description="compute capabilities it runs on; empty where it was built on its GPU")
+    gpu: GpuEntry | None = Field(description="the GPU it was built on and is for; none where it was built ahead of time")
+    profiles: tuple[Dims, ...] = Field(min_length=1, description="the ranges of each optimization profile")
+    static: bool = Field(description="whether every dimension is fixed, so that there is no profile to choose")
+    inputs: tuple[TensorEntry, ...] = Field(description="all inputs, with the dtype that the builder saw")
+    outputs: tuple[TensorEntry, ...] = Field(description="all outputs, likewise")
+    matmuls: dict[str, int] = Field(description="matrix products in the network, by element type")
+    weights: dict[str, int] = Field(description="values of the constants in the network, by element type")
+    scratch_bytes: int | None = Field(description="device memory besides weights, inputs and outputs, at the largest shapes")
+    weight_bytes: int | None = Field(description="device memory for weights")
+    attentions_fused: bool | None = Field(description="whether every attention became one kernel; null where unknown")
+    fusion_evidence: Evidence = Field(description="what that rests on: the log's layers, the scratch memory, or nothing")
+    options: EngineTable = Field(description="what it was built with; building with the same again refreshes it")
+
+
+class FileEntry(_Model):
+    """Size and hash of one file."""
+
+    bytes: int = Field(description="size in bytes", ge=0)
+    sha256: Sha256 = Field(description="hash of the content")
+
+
+class Manifest(_Model):
+    """The bundle's table of contents."""
+
+    format: Literal[1] = Field(description="bundle format; a reader refuses a newer one")
+    layer: LayerSpec = Field(description="what was exported; enough to rebuild the PyTorch module")
+    interface: Interface = Field(description="which optional inputs and outputs the models have")
+    dims: Dims = Field(description="the named dimensions: smallest, optimal and largest size")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="the ONNX files, the preferred one first")
+    engines: tuple[EngineEntry, ...] = Field(description="compiled engines")
+    versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
+    files: dict[str, FileEntry] = Field(description="every file but manifest.json and build.json, by path")
+
+
+def json_schema() -> dict[str, JsonValue]:
+    """Return the JSON Schema of the manifest."""
+    schema: dict[str, JsonValue] = Manifest.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def precisions(manifest: Manifest) -> tuple[Precision, ...]:
+    """Return the precisions that the bundle has portable models of, in the manifest's order."""
+    return tuple(model.precision for model in manifest.models if model.runtime == "portable")
+
+
+def model_of(manifest: Manifest, precision: Precision) -> ModelEntry:
+    """Return the portable model of a precision; the caller made sure that there is one."""
+    return next(m for m in manifest.models if m.precision == precision and m.runtime == "portable")

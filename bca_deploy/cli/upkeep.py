@@ -1,0 +1,176 @@
+"""What looks after a bundle: `bca build`, `refit`, `verify`, `inspect`, `doctor`. Heavy imports wait until a command runs."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from bca_deploy.cli.common import (
+    BundleArgument,
+    EngineFlag,
+    JsonFlag,
+    ProfileFlag,
+    TargetFlag,
+    VerboseFlag,
+    app,
+    check_paths,
+    guarded,
+    need,
+    read_profile,
+    show_engines,
+)
+
+
+@app.command("build")
+def build_command(  # noqa: PLR0913  (one parameter per option)
+    bundle: BundleArgument,
+    engine: EngineFlag = None,
+    target: TargetFlag = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(help="Of the model to compile; made from the bundle's weights where absent. [default: fp16]"),
+    ] = None,
+    profile: ProfileFlag = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe with [engine] and [[profile]].")] = None,
+    workspace_mib: Annotated[int | None, typer.Option(help="Most scratch memory the engine may need, in MiB.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="How hard the builder tries, 0 to 5.")] = None,
+    aux_streams: Annotated[
+        int | None,
+        typer.Option(help="Streams besides the main one: more overlap for more memory. [default: 0]"),
+    ] = None,
+    layer_names: Annotated[
+        Literal["detailed", "names", "none"] | None,
+        typer.Option(help="What the engine tells about its layers. [default: detailed]"),
+    ] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: file of measured timings, made if absent.")] = None,
+    version_compatible: Annotated[
+        bool | None,
+        typer.Option("--version-compatible/--same-version", help="tensorrt: also loads in later versions."),
+    ] = None,
+    hardware_compatibility: Annotated[
+        Literal["none", "ampere_plus", "same_compute_capability"] | None,
+        typer.Option(help="tensorrt: which other GPUs may run it. [default: none]"),
+    ] = None,
+    strip_weights: Annotated[
+        bool | None,
+        typer.Option("--strip-weights/--keep-weights", help="tensorrt: leave the weights out."),
+    ] = None,
+    refittable: Annotated[bool | None, typer.Option("--refittable/--fixed", help="tensorrt: takes new weights.")] = None,
+    tf32: Annotated[bool | None, typer.Option("--tf32/--no-tf32", help="Let fp32 products round to TF32.")] = None,
+    time_limit_s: Annotated[float | None, typer.Option(help="Stop the builder after this many seconds.")] = None,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Compile a TensorRT engine into a bundle.
+
+    Exit codes: 0 done, 1 parity failed, 2 bad input or no engine. On 1, 2 and 130 the bundle is as it was.
+    """
+    with guarded(verbose):
+        from bca_deploy.cli import console
+        from bca_deploy.exporter.recipe import read_recipe
+
+        options = {
+            "library": engine,
+            "targets": tuple(target) if target else None,
+            "precision": precision,
+            "workspace_mib": workspace_mib,
+            "optimization_level": optimization_level,
+            "aux_streams": aux_streams,
+            "layer_names": layer_names,
+            "timing_cache": timing_cache,
+            "version_compatible": version_compatible,
+            "hardware_compatibility": hardware_compatibility,
+            "strip_weights": strip_weights,
+            "refittable": refittable,
+            "tf32": tf32,
+            "time_limit_s": time_limit_s,
+        }
+        asked = read_recipe(recipe, {"engine": options, "profile": tuple(map(read_profile, profile)) if profile else None})
+        building = need("exporter.build")
+        with console.progress() as progress:
+            entry = building.build_recipe(bundle, asked, progress)
+        _show_entry(entry, bundle, as_json)
+
+
+def _show_entry(entry: Any, bundle: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(entry.model_dump_json(indent=2))
+    else:
+        show_engines(bundle)
+
+
+@app.command("refit")
+def refit_command(
+    bundle: BundleArgument,
+    checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer: .pt, .pth or .safetensors.")],
+    prefix: Annotated[str, typer.Option(help="Where the layer is inside a bigger checkpoint.")] = "",
+    expect: Annotated[Path | None, typer.Option(help="Sample .npz of the new weights, in place of the bundle's.")] = None,
+    drop_expect: Annotated[bool, typer.Option("--drop-expect", help="Go without the bundle's sample of the old.")] = False,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Put new weights into a bundle: models, parity, self-test and engines together.
+
+    Exit codes: 0 done, 1 parity failed, 2 bad input. On 1, 2 and 130 the bundle is as it was.
+    """
+    with guarded(verbose):
+        check_paths(checkpoint, expect)
+        refitting = need("exporter.refit")
+        from bca_deploy.cli import console
+
+        with console.progress() as progress:
+            verdicts = refitting.refit(
+                bundle, checkpoint, prefix=prefix, sample=expect, drop_sample=drop_expect, progress=progress
+            )
+        console.show_verdicts(verdicts, as_json, bundle)
+
+
+@app.command("verify")
+def verify_command(
+    bundle: BundleArgument,
+    inputs: Annotated[list[Path] | None, typer.Option(help="Your own inputs, .npz; give it again for more.")] = None,
+    parity: Annotated[Literal["quick", "full"], typer.Option(help="Which parity matrix.")] = "full",
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Hold a bundle against PyTorch again.
+
+    Checks every hash, the self-test, the parity matrix, and your own inputs where given.
+
+    Exit codes: 0 passed, 1 parity failed, 2 bad input or damaged bundle.
+    """
+    with guarded(verbose):
+        verification = need("exporter.verify")
+        from bca_deploy.cli import console
+
+        with console.progress() as progress:
+            verdicts = verification.verify(bundle, inputs=inputs or (), scope=parity, progress=progress)
+        console.show_verdicts(verdicts, as_json, bundle)
+        if not all(verdicts):
+            raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(bundle: BundleArgument, as_json: JsonFlag = False, verbose: VerboseFlag = False) -> None:
+    """Show what is in a bundle.
+
+    Checks every hash first. Needs neither torch nor onnx.
+    """
+    with guarded(verbose):
+        from bca_deploy.bundle.read import Bundle
+        from bca_deploy.cli import console
+
+        with Bundle.open(bundle) as opened:
+            if as_json:
+                typer.echo(opened.manifest.model_dump_json(indent=2))
+            else:
+                console.show_manifest(opened.manifest, bundle)
+
+
+@app.command("doctor")
+def doctor_command(as_json: JsonFlag = False, verbose: VerboseFlag = False) -> None:
+    """Show what this machine can do, and the command that adds what is missing."""
+    with guarded(verbose):
+        from bca_deploy.cli import console, doctor
+
+        console.show_findings(doctor.examine(), as_json)

@@ -1,6 +1,0 @@
-"""The commands: `bca-export`, and `bca` with its own, which the modules imported here add in the order of the help page."""
-
-from bca_deploy import cli_export, cli_running, cli_serving, cli_upkeep  # noqa: F401  (each adds its commands)
-from bca_deploy.cli_common import app, export_app
-
-__all__ = ["app", "export_app"]

@@ -1,0 +1,1 @@
+"""From ONNX to TensorRT engines, and which of them may run here."""

@@ -1,0 +1,230 @@
+"""The lowered module as an ONNX model: traced by torch.export, named, cleaned, checked and written.
+
+Ensures of every file it writes: exactly the opset asked for; inputs, outputs and dynamic dimensions named as in spec.py;
+weights as initializers under the seed's names; no dead nodes and nothing of the machine it was made on; full onnx.checker.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnx_ir.tensor_adapters import TorchTensor
+
+from bca_deploy.errors import ExportError, InputError, first_line
+from bca_deploy.layers.isolation import exporter_alone
+from bca_deploy.layers.lowered_model import LoweredModel
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec, Runtime
+
+#: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
+OPSETS = range(17, 28)
+
+# Sizes to trace with: all different and none 0 or 1, so that torch.export specialises on nothing by accident.
+_TRACE_SIZES = {"batch": 3, "x_len": 6, "context_len": 5}
+
+
+_DOMAINS: dict[Runtime, set[str]] = {"portable": {""}, "onnxruntime-cpu": {"", "com.microsoft"}}
+
+
+def check_opset(opset: int) -> int:
+    """Return ``opset`` if it can be exported.
+
+    Raises:
+        InputError: outside the range on offer.
+    """
+    if opset not in OPSETS:
+        raise InputError(f"opset {opset} cannot be exported; allowed: {OPSETS.start} to {OPSETS.stop - 1} (17 is the default)")
+    return opset
+
+
+def trace(
+    model: LoweredModel,
+    spec: LayerSpec,
+    interface: Interface,
+    opset: int,
+    metadata: Mapping[str, str] | None = None,
+    runtime: Runtime = "portable",
+) -> ir.Model:
+    """Trace the lowered module into a checked ONNX model held in memory.
+
+    Args:
+        model: from :func:`bca_deploy.layers.lowered_model.lower`.
+        spec: the layer.
+        interface: which optional inputs and outputs the model has.
+        opset: the ai.onnx opset the model must have, one of ``OPSETS``.
+        metadata: goes into ``metadata_props``.
+        runtime: only ``portable`` graphs are of ai.onnx operators alone.
+
+    Returns:
+        The model; :func:`write` writes it.
+
+    Raises:
+        InputError: the opset is not on offer.
+        ExportError: the exporter failed, or gave another opset, other names or other dynamic dimensions.
+    """
+    exported = _run_exporter(_stand_in(model), spec, interface, check_opset(opset))
+    _tidy(exported, metadata or {})
+    attach(exported, model.core.state_dict())
+    _check(exported, spec, interface, opset, _DOMAINS[runtime])
+    return exported
+
+
+def attach(model: ir.Model, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put ``weights`` into the model's initializers of the same names.
+
+    Raises:
+        ExportError: the model lacks one of the names, or holds it in another shape or dtype.
+    """
+    for name, tensor in weights.items():
+        value = model.graph.initializers.get(name)
+        new = TorchTensor(tensor, name=name)
+        old = None if value is None else value.const_value
+        if value is None or old is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ExportError(f"the graph does not hold weight {name} as {new.shape} {new.dtype}; please report this")
+        value.const_value = new
+
+
+def _stand_in(model: LoweredModel) -> LoweredModel:
+    """Copy the module with random weights: the exporter merges equal weights (two fresh norms) under one name."""
+    copied = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in copied.parameters():
+        parameter.data.normal_(generator=generator)
+    return copied
+
+
+def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> None:
+    """Write the model, then run the full onnx checker on the file.
+
+    Args:
+        model: from :func:`trace`.
+        path: the ``.onnx`` file; weights over the threshold go to ``<name>.onnx.data`` beside it.
+        external_data_bytes: the total size of weights above which they leave the file.
+
+    Raises:
+        ExportError: the checker refused the file.
+    """
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    external = f"{path.name}.data" if size > external_data_bytes else None
+    ir.save(model, path, external_data=external, size_threshold_bytes=256)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the written model {path.name} does not pass onnx.checker: {error}; please report this") from error
+
+
+def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, opset: int) -> ir.Model:
+    inputs = interface.inputs(spec)
+    kwargs = {name: _example(name, axes, model.edge) for name, axes in inputs.items()}
+    dynamic = {name: {i: axis for i, axis in enumerate(axes) if isinstance(axis, str)} for name, axes in inputs.items()}
+    # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
+    with exporter_alone():
+        import torch._dynamo.config as settings  # here: importing it changes the process
+
+        try:
+            with settings.patch(fake_tensor_cache_enabled=False):
+                program = torch.onnx.export(
+                    model,
+                    kwargs=kwargs,
+                    dynamo=True,
+                    opset_version=opset,
+                    dynamic_shapes=dynamic,
+                    input_names=list(inputs),
+                    output_names=list(interface.outputs(spec)),
+                    optimize=True,
+                    verbose=False,  # else it prints
+                )
+        except Exception as error:  # the exporter raises what it likes; the cause is chained
+            raise ExportError(f"torch.onnx.export failed: {first_line(error)}; run with -v to see its log") from error
+    assert program is not None  # noqa: S101  (dynamo=True always returns a program)
+    return program.model
+
+
+def _example(name: str, axes: tuple[Axis, ...], dtype: torch.dtype) -> torch.Tensor:
+    shape = [axis if isinstance(axis, int) else _TRACE_SIZES[axis] for axis in axes]
+    return torch.ones(shape, dtype=torch.bool if name.endswith("mask") else dtype)
+
+
+def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:
+    """Name the weights, drop dead nodes, and drop what differs from machine to machine (stack traces hold paths)."""
+    _fix_reshapes(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    _name_initializers(model.graph)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+    model.graph.name = "bidirectional_cross_attention"
+    model.graph.doc_string = None
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "bca-deploy", None
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+
+
+def _fix_reshapes(graph: ir.Graph) -> None:
+    """Let Reshape copy dynamic sizes from its input (a 0 in the shape) instead of computing them: a tenth of all nodes."""
+    for node in [node for node in graph if node.op_type == "Reshape"]:
+        sizes = _copied_sizes(node.inputs[0], node.outputs[0])
+        if sizes is not None:
+            node.replace_input_with(1, _shape_constant(graph, sizes))
+            node.attributes.pop("allowzero", None)
+
+
+def _copied_sizes(source: ir.Value | None, result: ir.Value) -> list[int] | None:
+    """Return the result's shape with 0 for a dynamic size that stands at the same place in the source; None if others are."""
+    if source is None or source.shape is None or result.shape is None:
+        return None
+    before = [*source.shape, *[None] * len(result.shape)]
+    sizes = [dim if isinstance(dim, int) else 0 if dim == old else None for dim, old in zip(result.shape, before, strict=False)]
+    return None if None in sizes else [size for size in sizes if size is not None]
+
+
+def _shape_constant(graph: ir.Graph, sizes: list[int]) -> ir.Value:
+    name = "shape_" + "_".join(map(str, sizes))
+    if name not in graph.initializers:
+        tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, const_value=tensor, shape=ir.Shape([len(sizes)]), type=ir.TensorType(tensor.dtype))
+        )
+    return graph.initializers[name]
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _name_initializers(graph: ir.Graph) -> None:
+    """``core.to_qk.weight`` becomes ``to_qk.weight``; the name of the wrapper is no business of the file's."""
+    for name in [name for name in graph.initializers if name.startswith("core.")]:
+        value = graph.initializers.pop(name)
+        value.name = name.removeprefix("core.")
+        graph.register_initializer(value)
+
+
+def _check(model: ir.Model, spec: LayerSpec, interface: Interface, opset: int, domains: set[str]) -> None:
+    found = model.opset_imports.get("")
+    if found != opset:
+        raise ExportError(f"asked for opset {opset}, but the exporter gave opset {found} without an error; please report this")
+    if not set(model.opset_imports) <= domains or model.functions:
+        raise ExportError(f"the graph needs more than it may: {sorted(model.opset_imports)}; please report this")
+    for kind, values, wanted in (
+        ("input", model.graph.inputs, interface.inputs(spec)),
+        ("output", model.graph.outputs, interface.outputs(spec)),
+    ):
+        got = {value.name: _axes(value) for value in values}
+        if got != wanted:
+            raise ExportError(f"the {kind}s are {got}, wanted {wanted}; please report this")
+
+
+def _axes(value: ir.Value) -> tuple[Axis, ...]:
+    dims = value.shape.dims if value.shape is not None else ()
+    return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in dims)

@@ -1,0 +1,164 @@
+"""What to export, as data: a TOML recipe, overridden by flags. The defaults here are the documented default export."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from bca_deploy.bundle.engine_options import EngineTable, ProfileTable, _Table
+from bca_deploy.errors import InputError, nearest
+from bca_deploy.spec import (
+    EXTERNAL_DATA_BYTES,
+    Bias,
+    DimRange,
+    Dims,
+    Interface,
+    LayerSpec,
+    Lowering,
+    Norm,
+    Precision,
+)
+
+
+class LayerTable(_Table):
+    """``[layer]``: the layer that seeded weights are made for, or that a checkpoint must agree with."""
+
+    dim: int = 512
+    context_dim: int | None = 386
+    heads: int = 8
+    dim_head: int = 64
+    prenorm: bool = True
+    norm: Norm = "layer"
+    talking_heads: bool = False
+    depth: int | None = None
+    ff_expansion: float = Field(default=4.0, allow_inf_nan=False)
+    final_norms: bool = False
+
+    def spec(self) -> LayerSpec:
+        """Return the specification; the hidden width is ``int(dim * ff_expansion)``, as in the published package."""
+        context_dim = self.dim if self.context_dim is None else self.context_dim
+        values = self.model_dump(exclude={"ff_expansion", "context_dim"})
+        if self.depth is not None:
+            values |= {
+                "ff_hidden": int(self.dim * self.ff_expansion),
+                "context_ff_hidden": int(context_dim * self.ff_expansion),
+            }
+        return LayerSpec(context_dim=context_dim, **values)
+
+
+class InputsTable(_Table):
+    """``[inputs]``: which optional inputs exist."""
+
+    mask: bool = True
+    context_mask: bool = True
+    rel_pos_bias: Bias = "none"
+
+
+class OutputsTable(_Table):
+    """``[outputs]``: which optional outputs exist."""
+
+    attention_maps: bool = False
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class Recipe(_Table):
+    """A whole recipe; every key has a default."""
+
+    description: str = ""
+    layer: LayerTable = LayerTable()
+    inputs: InputsTable = InputsTable()
+    outputs: OutputsTable = OutputsTable()
+    dims: Dims = Dims()
+    opset: int = 17
+    lowering: Literal["auto"] | Lowering = "auto"
+    precision: Annotated[tuple[Precision, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("fp32",)
+    keep_io_types: bool = True
+    parity: Literal["quick", "full"] = "quick"
+    external_data_bytes: int = Field(default=EXTERNAL_DATA_BYTES, ge=0)
+    seed: int = 0
+    engine: EngineTable | None = None
+    profile: tuple[ProfileTable, ...] = ()
+
+    @property
+    def interface(self) -> Interface:
+        """The optional inputs and outputs."""
+        return Interface(**self.inputs.model_dump(), **self.outputs.model_dump())
+
+
+def read_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe and lay flags over it.
+
+    Args:
+        path: a TOML file; the defaults alone where None.
+        overrides: nested like the file; a None means not given.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: not a file, not TOML, an unknown key (the nearest is named) or a value out of range.
+    """
+    content = _read_toml(path) if path else {}
+    try:
+        return Recipe.model_validate(_merge(content, overrides or {}))
+    except ValidationError as error:
+        raise InputError(f"{path or 'options'}: {'; '.join(_explain(e) for e in error.errors())}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror or error}; check its permissions") from error
+    if content is None:
+        here = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise InputError(f"recipe {path} does not exist{nearest(path.name, here)}; recipes are TOML files, see export/recipes/")
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not TOML: {error}") from error
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            inner = merged.get(key, {})
+            if isinstance(inner, Mapping) and (both := _merge(inner, value)):  # anything else is pydantic's to refuse
+                merged[key] = both
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {where}{nearest(str(error['loc'][-1]), _known(error['loc'][:-1]))}"
+    if where == "engine.library":
+        return "engine.library: give --engine rtx or --engine tensorrt, or library under [engine] of the recipe"
+    if error["type"] == "missing":
+        return f"{where} is missing, and {'.'.join(map(str, error['loc'][:-1]))} cannot be without it"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+
+
+def _known(place: tuple[Any, ...]) -> list[str]:
+    """Return the keys that the table at ``place`` has."""
+    if place == ("dims",):
+        return [f.name for f in fields(Dims)]
+    if place[:1] == ("dims",) or (place[:1] == ("profile",) and len(place) == 3):
+        return [f.name for f in fields(DimRange)]
+    tables: dict[Any, type[BaseModel]] = {
+        "layer": LayerTable,
+        "inputs": InputsTable,
+        "outputs": OutputsTable,
+        "engine": EngineTable,
+        "profile": ProfileTable,
+    }
+    return list(tables.get(place[0] if place else None, Recipe).model_fields)

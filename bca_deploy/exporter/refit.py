@@ -1,0 +1,104 @@
+"""`bca refit`: new weights for the same layer, through the whole bundle: models, parity, self-test and engines together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from bca_deploy.bundle.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest, model_of
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.bundle.write import revised, write_build
+from bca_deploy.engines import build as engines
+from bca_deploy.engines import libraries
+from bca_deploy.engines.build import EnginePlan
+from bca_deploy.engines.builder_process import Request
+from bca_deploy.engines.compile import compile_engine
+from bca_deploy.errors import EngineError, InputError
+from bca_deploy.exporter import models, pipeline
+from bca_deploy.exporter.plan import Plan, reopen
+from bca_deploy.layers.checkpoint import Checkpoint, load
+from bca_deploy.layers.isolation import plain_torch
+from bca_deploy.parity import user_sample
+from bca_deploy.parity.verdict import Verdict
+from bca_deploy.progress import Clock, Progress, Silent
+
+
+@plain_torch()
+def refit(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    *,
+    prefix: str = "",
+    sample: str | Path | None = None,
+    drop_sample: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Verdict, ...]:
+    """Put new weights into a bundle.
+
+    Engines that were built refittable take the weights on their GPU; every other one is built again as it was.
+
+    Args:
+        bundle: its directory or archive; it is replaced whole, or not at all.
+        checkpoint: the new weights; the layer must be the same.
+        prefix: where the layer is inside a bigger checkpoint.
+        sample: ``.npz`` of inputs and outputs of the new weights, in place of the one that the bundle keeps.
+        drop_sample: go without, though the bundle keeps one of the old weights.
+        progress: told about stages and cases.
+
+    Returns:
+        The verdict of each model; all of them passed.
+
+    Raises:
+        BcaError: see errors.py; the bundle is as it was.
+    """
+    clock = Clock(progress or Silent())
+    with revised(Path(bundle)) as (opened, directory):
+        plan = _plan(opened, load(Path(checkpoint), opened.manifest.layer.heads, prefix), sample, drop_sample)
+        plans = [(entry, _engine_plan(entry, opened.manifest)) for entry in opened.manifest.engines]
+        (directory / EXPECT_FILE).unlink(missing_ok=True)
+        models.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
+        made = [models.refit_model(plan, model, directory, clock) for model in opened.manifest.models]
+        manifest = pipeline.finish(plan, made, directory, clock)
+        models.refuse_failures(verdict for _, verdict in made)
+        for entry, wanted in plans:
+            manifest = _renew(directory, manifest, entry, wanted, clock)
+        write_build(directory, {"seconds": clock.seconds})
+    return tuple(verdict for _, verdict in made)
+
+
+def _plan(bundle: Bundle, new: Checkpoint, sample: str | Path | None, drop_sample: bool) -> Plan:
+    plan = reopen(bundle)
+    old = plan.checkpoint.spec
+    new = Checkpoint(replace(new.spec, norm_eps=old.norm_eps), new.state)  # a file of weights does not say it
+    if new.spec != old:
+        raise InputError(f"the checkpoint holds another layer ({new.spec}) than the bundle ({old}); export it as a new bundle")
+    if plan.expected and sample is None and not drop_sample:
+        raise InputError(
+            f"the bundle keeps a sample of the old weights ({EXPECT_FILE}); give --expect with one of the new, or --drop-expect"
+        )
+    expected = user_sample.read(Path(sample)) if sample else {}
+    if expected:
+        user_sample.fit(expected, new.spec, plan.recipe.interface)
+        user_sample.check(expected, new)
+    return replace(plan, checkpoint=new, expected=expected)
+
+
+def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:
+    """Return the plan that made an engine, checked for this machine before any work."""
+    table = entry.options.model_copy(update={"targets": entry.targets, "precision": entry.precision})
+    wanted = engines.plan(table, (), manifest.dims, (entry.precision,))
+    if wanted.gpu is not None and entry.gpu is not None and wanted.gpu.name != entry.gpu.name:
+        raise EngineError(f"{entry.file} is for {entry.gpu.name}, and here is {wanted.gpu.name}; refit the bundle there")
+    return replace(wanted, profiles=entry.profiles, options=entry.options)
+
+
+def _renew(directory: Path, manifest: Manifest, entry: EngineEntry, wanted: EnginePlan, clock: Clock) -> Manifest:
+    if not entry.options.refittable:  # a stripped engine, too, only ever takes the weights that it was built with
+        return engines.add(directory, manifest, wanted, clock)
+    model = model_of(manifest, entry.precision)
+    place = str(directory / entry.file)
+    module = libraries.LIBRARIES[entry.library].module
+    options = entry.options.model_dump(mode="json")
+    request = Request(module, str(directory / model.file), place, "", -1, [], False, [], options, refit=place)
+    with clock.stage(f"refit {entry.library} {entry.precision}"):
+        built = compile_engine(request, entry.options.time_limit_s, lambda share: None)
+    fresh = entry.model_copy(update={"model_sha256": manifest.files[model.file].sha256, "version": built.facts.version})
+    return engines.record(directory, manifest, fresh, built)

@@ -1,0 +1,119 @@
+"""Hold a finished bundle against PyTorch again, any time later: files, self-test, and the full parity matrix."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx.external_data_helper import uses_external_data
+
+from bca_deploy.bundle import selftest
+from bca_deploy.bundle.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
+from bca_deploy.bundle.read import Bundle, reading, safe_path
+from bca_deploy.errors import BundleError, ParityError, check_one_of
+from bca_deploy.files import read_arrays
+from bca_deploy.layers.checkpoint import Checkpoint, read
+from bca_deploy.layers.isolation import plain_torch
+from bca_deploy.parity import user_sample
+from bca_deploy.parity.cases import Scope
+from bca_deploy.parity.rule import Subject, judge, judge_inputs
+from bca_deploy.parity.runners import Runner, at_edges, ort_runner, strict_runner_of
+from bca_deploy.parity.verdict import Verdict
+from bca_deploy.progress import Progress, Silent
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@plain_torch()
+def verify(
+    bundle: Bundle | str | Path,
+    *,
+    inputs: Iterable[str | Path] = (),
+    scope: Scope = "full",
+    progress: Progress | None = None,
+) -> tuple[Verdict, ...]:
+    """Hold every model of a bundle against the PyTorch layer rebuilt from the bundle's weights.
+
+    Args:
+        bundle: an open bundle, or its path.
+        inputs: ``.npz`` files with the user's own inputs, named as the model's; outputs that are there are checked too.
+        scope: which parity matrix.
+        progress: told about stages and cases.
+
+    Returns:
+        A verdict for each model, in the manifest's order; each is true where the model passed.
+
+    Raises:
+        BundleError: the bundle is damaged, or its external data leaves it.
+        InputError: an unknown scope, or an input file that does not fit, or leaves a live row without a key.
+        ParityError: a self-test or the stored sample fails.
+    """
+    check_one_of("scope", scope, get_args(Scope))
+    if not isinstance(bundle, Bundle):
+        with Bundle.open(bundle) as opened:
+            return verify(opened, inputs=inputs, scope=scope, progress=progress)
+    progress = progress or Silent()
+    spec, interface = bundle.manifest.layer, bundle.manifest.interface
+    checkpoint = Checkpoint(spec, read(bundle.path(WEIGHTS_FILE)))
+    samples = {str(path): user_sample.read(Path(path), ("x", "context")) for path in inputs}
+    if EXPECT_FILE in bundle.manifest.files:
+        samples[EXPECT_FILE] = user_sample.read(bundle.path(EXPECT_FILE))
+    for sample in samples.values():
+        user_sample.fit(sample, spec, interface)
+        if "out" in sample and "context_out" in sample:
+            user_sample.check(sample, checkpoint)
+    ready = {name: user_sample.inputs_of(sample, spec, interface) for name, sample in samples.items()}
+    return tuple(_verify_model(bundle, model, checkpoint, ready, scope, progress) for model in bundle.manifest.models)
+
+
+def _verify_model(
+    bundle: Bundle, model: ModelEntry, checkpoint: Checkpoint, samples: Mapping[str, Arrays], scope: Scope, progress: Progress
+) -> Verdict:
+    path = bundle.path(model.file)
+    _check_external_data(bundle, path)
+    progress.stage(f"parity {path.stem}")
+    _run_selftest(bundle, model, path)
+    manifest = bundle.manifest
+    subject = Subject(path, checkpoint, manifest.interface, manifest.dims, model.precision, model.keep_io_types)
+    own = judge_inputs(subject, samples) if samples else None
+    verdict = judge(subject, scope, progress.steps)
+    return verdict if own is None else verdict.joined(own)  # a failed verdict is false
+
+
+def _check_external_data(bundle: Bundle, path: Path) -> None:
+    """Refuse weights stored outside the bundle, or in a file that the manifest does not list."""
+    try:
+        with reading(path):
+            model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{path.name} is not an ONNX model: {error}; export the bundle again") from error
+    for tensor in _tensors(model.graph):
+        if uses_external_data(tensor):
+            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if not location:
+                raise BundleError(f"{path.name} keeps weight {tensor.name} in a file but does not say in which; do not use it")
+            name = safe_path(path.parent, location).relative_to(bundle.directory).as_posix()
+            if name not in bundle.manifest.files:
+                raise BundleError(f"{path.name} keeps weight {tensor.name} in {location}, which the manifest does not list")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that may keep its data in a file: initializers and the nodes' attributes, subgraphs included."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from ([attribute.t] if attribute.HasField("t") else attribute.tensors)
+        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            yield from _tensors(inner)
+
+
+def _run_selftest(bundle: Bundle, model: ModelEntry, path: Path) -> None:
+    runner: Runner = strict_runner_of(path) if model.precision == "bf16" else ort_runner(path)
+    failures = selftest.failures(
+        read_arrays(bundle.path(SELFTEST_FILE)),
+        model.precision,
+        lambda inputs: runner(at_edges(inputs, model.precision, model.keep_io_types)),
+    )
+    if failures:
+        raise ParityError("; ".join(failures))

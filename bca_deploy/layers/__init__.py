@@ -1,0 +1,1 @@
+"""What is correct: the reference layer, its checkpoints, and its lowered forms."""

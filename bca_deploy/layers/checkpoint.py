@@ -1,0 +1,342 @@
+"""From a file or a live module to a layer specification and its weights. Heads are never guessed."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
+from bca_deploy.layers.isolation import no_library_warnings
+from bca_deploy.layers.reference import build
+from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
+
+State = dict[str, Tensor]
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
+_TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"
+# Not float8: what it stands for depends on a scale that is kept elsewhere.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Either side's will do: the missing one is then named.
+_NORMS = {"norm.weight", "norm.bias", "context_norm.weight", "context_norm.bias"}
+_TALKING = {"talking_heads.weight", "context_talking_heads.weight"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A layer's specification with its weights in their original dtype, keyed by the seed's parameter names."""
+
+    spec: LayerSpec
+    state: State
+
+    def module(self, dtype: torch.dtype) -> nn.Module:
+        """Return the reference module in eval mode with these weights rounded to ``dtype``."""
+        with torch.device("meta"):  # else its random first weights would move the caller's random numbers on
+            module = build(self.spec)
+        module.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in self.state.items()}, assign=True)
+        return module.eval()
+
+
+def load(path: Path, heads: int | None = None, prefix: str = "") -> Checkpoint:
+    """Read a trained layer or transformer from a checkpoint file.
+
+    Args:
+        path: ``.pt``, ``.pth`` (tensors only, never pickled code) or ``.safetensors``.
+        heads: required unless the layer has talking heads.
+        prefix: where the layer sits inside a bigger state dict, such as ``encoder.fusion.``.
+
+    Returns:
+        The specification and the layer's own weights.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold exactly this layer.
+        InputError: heads missing, or not a divisor of the inner width.
+    """
+    return from_state(read(path), heads, prefix)
+
+
+def from_state(state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "") -> Checkpoint:
+    """Make a checkpoint of a state dict; arguments and errors as for :func:`load`."""
+    layer = _select(_strip_wrappers(state), prefix)
+    _check_values(layer)
+    spec = infer(layer, heads)
+    _check_keys(layer, spec)
+    return Checkpoint(spec, {name: _copy(tensor) for name, tensor in sorted(layer.items())})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return the values in memory of their own: training goes on, and safetensors refuses tied weights."""
+    # A bit may say that they are to be negated (torch._neg_view, the imaginary part of a conjugate): safetensors ignores it.
+    return tensor.detach().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
+    """Read a live module: the seed's layer, the published package's layer or its transformer.
+
+    Args:
+        module: the trained module; its ``heads`` and norm epsilon are read from it.
+        heads: overrides what the module says.
+
+    Returns:
+        The specification and a copy of the weights.
+
+    Raises:
+        CheckpointError: the module is not this layer.
+        InputError: it is no module.
+    """
+    _check_module(module)
+    own = [m for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
+    found = from_state(module.state_dict(), heads if heads is not None else (own[0].heads if own else None))  # type: ignore[arg-type]
+    return Checkpoint(_with_eps(found.spec, module), found.state)
+
+
+def _check_module(module: object) -> None:
+    """Refuse what people give in place of a module, with the way out for each."""
+    if isinstance(module, nn.Module):
+        return
+    advice = "give the trained module itself"
+    if isinstance(module, type):
+        advice = f"give a trained module, not the class {module.__name__}"
+    elif isinstance(module, str | Path):
+        advice = f"for a checkpoint run bca-export --checkpoint {module}, or load it into the module"
+    elif isinstance(module, Mapping):
+        advice = "load the state dict into the module, or save it and run bca-export --checkpoint"
+    raise InputError(f"a torch.nn.Module is needed and this is a {type(module).__name__}; {advice}")
+
+
+def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
+    given: list[Any] = [m.eps for m in module.modules() if hasattr(m, "eps")]
+    eps = {NORM_EPS["rms"] if value is None else float(value) for value in given}
+    if min(eps, default=1.0) <= 0:
+        raise CheckpointError(f"the module's norms have eps {min(eps)}; it must be above 0")
+    if len(eps) > 1:
+        raise CheckpointError(f"the module's norms have different eps {sorted(eps)}; this layer has one for all")
+    return replace(spec, norm_eps=eps.pop()) if eps else spec
+
+
+def read(path: Path) -> State:
+    """Read every tensor of a checkpoint file as it stands, wrappers included.
+
+    Raises:
+        CheckpointError: missing, truncated, holding pickled code, or not a checkpoint.
+    """
+    try:
+        there = path.is_file()
+    except OSError as error:  # a directory on the way, or the name itself
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
+    if not there:
+        raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .pt, .pth or .safetensors file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".pt", ".pth"):
+        return _flatten(_read_torch(path), path)
+    raise CheckpointError(f"checkpoint {path}: suffix {path.suffix!r} is not known; allowed are .pt, .pth and .safetensors")
+
+
+def _read_safetensors(path: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is not a readable safetensors file: {error}; save it again") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with no_library_warnings():  # about the pickle protocol of what is no pickle
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds pickled code or is no checkpoint, and code is never run from a checkpoint; "
+            "save tensors only: torch.save(module.state_dict(), path)"
+        ) from error
+    except Exception as error:  # a damaged file fails anywhere in the unpickler: IndexError, struct.error, AssertionError
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({first_line(error)}); it may be truncated: copy or save it again"
+        ) from error
+
+
+def _flatten(content: Any, path: Path) -> State:
+    """Unwrap ``{"state_dict": ...}`` and the like down to names and tensors."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict of named tensors")
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            return _flatten(content[wrapper], path)
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"checkpoint {path} holds no tensors; its keys are {sorted(map(str, content))[:8]}")
+    return tensors
+
+
+def _strip_wrappers(state: Mapping[str, Tensor]) -> State:
+    """Drop what DataParallel (``module.`` in front) and torch.compile (``_orig_mod.`` anywhere) add to names."""
+    compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while compiled and all(name.startswith("module.") for name in compiled):
+        compiled = {name.removeprefix("module."): tensor for name, tensor in compiled.items()}
+    return compiled
+
+
+def _select(state: State, prefix: str) -> State:
+    prefix = prefix.replace("_orig_mod.", "")
+    prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if {_ANCHOR, _TRANSFORMER_ANCHOR, _TRANSFORMER_ANCHOR.replace("to_qk", "context_to_qk")} & set(inside):
+        return inside
+    places = _places(state)
+    if not places:
+        raise CheckpointError(
+            f"no {_ANCHOR} anywhere in the checkpoint, so it holds no bidirectional cross-attention; "
+            f"its keys are {_listing(state)}"
+        )
+    where = f"under prefix {prefix!r}" if prefix else "at the root of the checkpoint"
+    raise CheckpointError(
+        f"no layer {where}{nearest(prefix, places)}; layers are at: {', '.join(map(repr, places))}; use --prefix"
+    )
+
+
+def _places(state: State) -> list[str]:
+    """Return the prefixes under which a layer or a transformer stands."""
+    attention = {name.removesuffix(_ANCHOR) for name in state if name.endswith("." + _ANCHOR) or name == _ANCHOR}
+    attention = {place for place in attention if not place.endswith("context_")}
+    blocks = {place: re.sub(r"layers\.\d+\.0\.$", "", place) for place in attention}
+    return sorted({root if f"{root}{_TRANSFORMER_ANCHOR}" in state else place for place, root in blocks.items()})
+
+
+def _check_values(state: State) -> None:
+    for name, tensor in state.items():
+        if obstacle := _why_no_weight(tensor):
+            raise CheckpointError(f"{name} {obstacle}")
+        try:
+            bad = int((~torch.isfinite(tensor)).sum())
+        except Exception as error:  # a subclass of Tensor may refuse anything
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{name}, a {kind}, gives no values ({first_line(error)}); give plain tensors") from error
+        if bad:
+            raise CheckpointError(
+                f"{name} holds {bad} NaN or Inf of {tensor.numel()} values; take a checkpoint from before the divergence"
+            )
+
+
+def _why_no_weight(value: object) -> str | None:
+    """Return why this cannot be the values of a weight, and the way out; None where it can."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}; weights must be tensors"
+    if is_lazy(value):
+        return "has no shape yet; run the module once, so that its lazy layers make their weights"
+    if value.is_meta:
+        return "is on the meta device, which holds no values; load the weights into the module first"
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        return f"is not dense ({kind}); give a plain tensor, as to_dense() makes one"
+    if value.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        return f"has dtype {value.dtype}; weights must be floating point ({allowed}): dequantize, or save the original weights"
+    return None
+
+
+def infer(state: State, heads: int | None = None) -> LayerSpec:
+    """Infer the specification from names and shapes; ``heads`` as for :func:`load`."""
+    depth = _depth(state)
+    place = "layers.0.0." if depth else ""
+    attention = {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
+    inner, dim = _matrix(attention, "to_qk.weight", place)
+    prenorm = depth is not None or not _NORMS.isdisjoint(attention)
+    norm: Norm = "rms" if prenorm and {"norm.bias", "context_norm.bias"}.isdisjoint(attention) else "layer"
+    found = _heads(attention, heads, inner)
+    return LayerSpec(
+        dim=dim,
+        context_dim=_matrix(attention, "context_to_qk.weight", place)[1],
+        heads=found,
+        dim_head=inner // found,
+        prenorm=prenorm,
+        norm=norm,
+        talking_heads=not _TALKING.isdisjoint(attention),
+        depth=depth,
+        ff_hidden=_matrix(state, "layers.0.1.1.weight")[0] if depth else None,
+        context_ff_hidden=_matrix(state, "layers.0.2.1.weight")[0] if depth else None,
+        final_norms=depth is not None and not {"norm.weight", "context_norm.weight"}.isdisjoint(state),
+    )
+
+
+def _depth(state: State) -> int | None:
+    blocks = {int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name))}
+    if not blocks:
+        return None
+    if blocks != set(range(len(blocks))):
+        raise CheckpointError(
+            f"transformer blocks {sorted(blocks)} are not numbered from 0 without a gap; is the checkpoint complete?"
+        )
+    return len(blocks)
+
+
+def _matrix(state: State, name: str, place: str = "") -> tuple[int, int]:
+    if name not in state:
+        raise CheckpointError(f"key {place}{name} is missing{nearest(name, state)}; the keys there are {_listing(state)}")
+    if state[name].ndim != 2:
+        raise CheckpointError(f"{name} has shape {list(state[name].shape)}; a matrix is expected")
+    return int(state[name].shape[0]), int(state[name].shape[1])
+
+
+def _heads(attention: State, heads: int | None, inner: int) -> int:
+    divisors = [n for n in range(1, inner + 1) if inner % n == 0]
+    mixers = [(name, attention[name]) for name in sorted(_TALKING & set(attention))]
+    for name, mixer in mixers:
+        if mixer.ndim != 4:
+            raise CheckpointError(f"{name} has shape {list(mixer.shape)}; [heads, heads, 1, 1] is expected")
+    if mixers:
+        found = int(mixers[0][1].shape[0])
+        if heads not in (None, found):
+            raise InputError(f"heads {heads}, but the talking-heads weights are for {found}; leave --heads out or give {found}")
+        return found
+    if heads is None:
+        raise InputError(
+            f"heads cannot be read from this checkpoint (wrong heads give a valid but different function); "
+            f"give --heads, one of the divisors of the inner width {inner}: {', '.join(map(str, divisors))}"
+        )
+    if heads not in divisors:
+        raise InputError(f"heads {heads} does not divide the inner width {inner}; allowed: {', '.join(map(str, divisors))}")
+    return heads
+
+
+def _check_keys(state: State, spec: LayerSpec) -> None:
+    """Hold names and shapes against those of the module that ``spec`` builds."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(spec).state_dict().items()}
+    unknown = sorted(set(state) - set(wanted))
+    absent = sorted(set(wanted) - set(state))
+    if unknown or absent:
+        raise CheckpointError("; ".join(_key_problems(unknown, absent, wanted)))
+    wrong = [
+        f"{name} {list(state[name].shape)}, needs {list(shape)}" for name, shape in wanted.items() if state[name].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"shapes do not fit one layer of dim {spec.dim}, context_dim {spec.context_dim}: {'; '.join(wrong[:6])}"
+        )
+
+
+def _key_problems(unknown: list[str], absent: list[str], wanted: Mapping[str, object]) -> list[str]:
+    problems = [f"unknown key {name}{nearest(name, absent or wanted)}" for name in unknown[:8]]
+    problems += [f"missing key {name}" for name in absent[:8]]
+    hidden = len(unknown) + len(absent) - len(problems)
+    tail = [f"and {hidden} more"] if hidden > 0 else []
+    return [*problems, *tail, "the checkpoint must hold exactly one layer or transformer; use --prefix to point at it"]
+
+
+def _listing(state: Mapping[str, object]) -> str:
+    names = sorted(state)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def is_query_weight(name: str) -> bool:
+    """Whether scaling this parameter scales the logits."""
+    return name.split(".")[-2:] == ["to_qk", "weight"]

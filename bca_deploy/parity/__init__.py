@@ -1,0 +1,1 @@
+"""Is the exported model the same function? Cases, truth, measure, verdict."""

@@ -1,0 +1,1 @@
+"""The KServe protocol around a session: server and client."""

@@ -1,0 +1,1 @@
+"""Checked arrays in, outputs out, on any backend."""

@@ -1,0 +1,370 @@
+"""Open a bundle and run it, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
+
+import asyncio
+import contextvars
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bca_deploy.bundle import selftest
+from bca_deploy.bundle.manifest import SELFTEST_FILE, Manifest, TensorEntry
+from bca_deploy.bundle.read import Bundle, Check
+from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
+from bca_deploy.files import read_arrays
+from bca_deploy.forks import ForkLock, Home
+from bca_deploy.session import arrays, many
+from bca_deploy.session.backends.backend import Backend, Explanation, Options
+from bca_deploy.session.backends.choice import choose
+from bca_deploy.session.backends.cuda import DeviceArray
+from bca_deploy.session.contract import Contract, Pair, numpy_dtype, shape_of, sizes_of
+from bca_deploy.session.metrics import Call, Meter, Metrics, Observer
+from bca_deploy.spec import Dims, Precision
+
+Array = NDArray[Any]
+AnyArray = Array | DeviceArray
+Policy = Literal["auto", "alone", "pad"]
+
+_log = logging.getLogger("bca_deploy.session.session")
+
+
+def open_session(  # noqa: PLR0913  (one parameter per option)
+    path: str | Path,
+    backend: str = "auto",
+    *,
+    precision: Precision | None = None,
+    threads: int | None = None,
+    spinning: bool = True,
+    contexts: int = 2,
+    cuda_graphs: int = 0,
+    cache: str | Path | None = None,
+    host_code: bool = False,
+    verify: Check = "full",
+    on_call: Observer | None = None,
+) -> "Session":
+    """Open a bundle to run it. Needs neither torch nor onnx.
+
+    Args:
+        path: the bundle's directory or archive.
+        backend: ``auto`` takes the fastest that works here; a name takes that one or fails.
+        precision: of the model; None takes the first engine that runs here, or the model that the backend runs fastest.
+        threads: for onnxruntime on CPU; None takes every core.
+        spinning: onnxruntime on CPU: idle threads wait for the next call by spinning, which makes calls one after another
+            faster, and takes the cores from whatever else runs on them; a server does without.
+        contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
+        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
+        cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
+        host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
+        verify: how much of the bundle is checked first: every hash, only sizes, or nothing.
+        on_call: called after each call with what it was, on its thread; see :class:`bca_deploy.session.metrics.Call`.
+
+    Returns:
+        The session; a context manager.
+
+    Raises:
+        BundleError: damaged, unsafe or of a newer format.
+        InputError: the backend is not known, the precision not in the bundle, or a number out of range.
+        EngineError: the backend asked for does not work here.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    options = Options(precision, threads, spinning, contexts, cuda_graphs, Path(cache) if cache else None, host_code)
+    bundle = Bundle.open(path, verify)
+    try:
+        chosen, explanation = choose(bundle, backend, options)
+    except BaseException:
+        bundle.close()
+        raise
+    _log.info("%s: %s", path, explanation, extra={"bundle": str(path), "backend": chosen.name, "precision": chosen.precision})
+    return Session(bundle, chosen, explanation, threads, on_call)
+
+
+class Session:
+    """An open bundle on one backend; made by :func:`bca_deploy.open`.
+
+    Call it from any number of threads. What comes in decides what goes out: numpy for numpy, torch for torch. It belongs to
+    the process that opened it: in the child of a fork every call is an error that says so.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        explanation: Explanation,
+        threads: int | None = None,
+        on_call: Observer | None = None,
+    ) -> None:
+        self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
+        self._reader = arrays.Reader(backend.gpu)
+        self._contract = Contract(backend.inputs, backend.dims, backend.profiles)
+        self._names = tuple(tensor.name for tensor in backend.outputs)
+        self._workers = threads or len(os.sched_getaffinity(0))
+        self._meter = Meter()
+        self._many = many.Many(
+            backend, bundle.manifest.layer.inner_dim, self._workers, self._timed, self._executor, self._meter.pad
+        )
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = ForkLock()
+        self._closed = False
+        self._home = Home("the session", self)
+
+    def __call__(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
+        """Run the model.
+
+        Args:
+            *args: ``x [B, N, dim]``, ``context [B, M, context_dim]``, then ``mask [B, N]``, ``context_mask [B, M]`` and
+                ``rel_pos_bias`` where the model has them. Masks that are left out are all true.
+            cast: take other floating-point dtypes, and masks of 0 and 1.
+            **named: the same by name.
+
+        Returns:
+            ``out``, ``context_out``, and the attention maps where the model gives them.
+
+        Raises:
+            InputError: what is wrong with which input, and the way out.
+            BcaError: the session is closed, or was opened before a fork.
+        """
+        self._check_open()
+        return tuple(self._run(self._contract.bind(args, named), cast).values())
+
+    def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
+        """Return the outputs by name; arguments and errors as for calling the session."""
+        self._check_open()
+        return self._run(self._contract.bind((), inputs), cast)
+
+    def run_into(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *, cast: bool = False) -> None:
+        """Run the model and write into the caller's arrays, which may be used again.
+
+        Args:
+            inputs: by name.
+            outputs: an array for every output, C-contiguous, of its dtype and shape; on the CPU, or on the session's GPU. None
+                may share memory with an input or with another.
+            cast: as for calling the session.
+
+        Raises:
+            InputError: an input or output that does not fit.
+        """
+        self._check_open()
+        ready = self._ready(self._contract.bind((), inputs), cast)
+        targets = self._reader.read(outputs, "output")
+        self._check_outputs(ready, targets)
+        contiguous = {n: a if isinstance(a, DeviceArray) else np.ascontiguousarray(a) for n, a in ready.items()}
+        arrays.check_overlaps(contiguous, targets)
+        self._timed(lambda given: self._backend.run_into(given, targets), contiguous)
+
+    def run_many(self, pairs: Iterable[Pair], *, policy: Policy = "auto", cast: bool = False) -> list[tuple[Any, ...]]:
+        """Run many pairs of different lengths.
+
+        On the CPU each pair runs on one thread, several at once; on a GPU pairs of similar lengths are padded into one
+        batch, and the padding is cut off again. Live rows come out as one by one. A masked row of a padded pair is the mean
+        over the padded values too: mask it in what follows, as always.
+
+        Args:
+            pairs: ``(x, context)`` or ``(x, context, mask, context_mask)``, each as for calling the session.
+            policy: ``alone`` or ``pad`` instead of what suits the backend.
+            cast: as for calling the session.
+
+        Returns:
+            The outputs of each pair, in order.
+
+        Raises:
+            InputError: naming the pair.
+        """
+        self._check_open()
+        check_one_of("policy", policy, get_args(Policy))
+        given = [tuple(pair) for pair in pairs]
+        ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
+        pads = self._backend.pads if policy == "auto" else policy == "pad"
+        outputs = self._many.padded(ready) if pads else self._many.side_by_side(ready)
+        return [tuple(_back(one, pair).values()) for one, pair in zip(outputs, given, strict=True)]
+
+    async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
+        """Run the model without blocking the event loop; as for calling the session.
+
+        A call that was accepted is finished, also when the session is closed meanwhile.
+        """
+        self._check_open()
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        bound = self._contract.bind(args, named)
+        outputs = await loop.run_in_executor(self._executor(), lambda: context.run(self._run, bound, cast))
+        return tuple(outputs.values())
+
+    def warmup(self, shapes: Iterable[tuple[int, int, int]] | None = None) -> None:
+        """Run once for each ``(batch, x_len, context_len)``, in every context, so that later calls find everything ready.
+
+        Args:
+            shapes: None takes the optimal sizes.
+
+        Raises:
+            InputError: sizes that the model does not take.
+        """
+        self._check_open()
+        dims = self._backend.dims
+        best = [(dims.batch.opt, dims.x_len.opt, dims.context_len.opt)]
+        for shape in best if shapes is None else shapes:
+            sizes = dict(zip(("batch", "x_len", "context_len"), shape, strict=True))
+            # Views of one number: an impossible shape is refused before it takes memory.
+            zeros = {
+                tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), shape_of(tensor.axes, sizes))
+                for tensor in self._backend.inputs
+            }
+            ready = self._ready(zeros, cast=False)
+            self._timed(self._backend.warm, {name: np.ascontiguousarray(array) for name, array in ready.items()})
+
+    def selftest(self) -> None:
+        """Run the bundle's own inputs and hold the outputs to their bounds.
+
+        Raises:
+            ParityError: an output is out of bounds.
+        """
+        arrays = read_arrays(self._bundle.path(SELFTEST_FILE))
+        failures = selftest.failures(arrays, self._backend.precision, lambda inputs: self.run(inputs, cast=True))
+        if failures:
+            raise ParityError("; ".join(failures))
+
+    def explain(self) -> Explanation:
+        """Return what runs, and why the faster backends were passed over."""
+        return self._explanation
+
+    def metrics(self) -> Metrics:
+        """Return what this session has done so far; in the child of a fork, what it had done before."""
+        return self._meter.snapshot()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._bundle.manifest
+
+    @property
+    def inputs(self) -> tuple[TensorEntry, ...]:
+        """What the model that runs takes, in order."""
+        return self._backend.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorEntry, ...]:
+        """What it gives, in order."""
+        return self._backend.outputs
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes that its named dimensions may take."""
+        return self._backend.dims
+
+    @property
+    def profiles(self) -> tuple[Dims, ...]:
+        """The combinations of sizes, where not every one within ``dims`` will do."""
+        return self._backend.profiles
+
+    def close(self) -> None:
+        """Finish what ``run_async`` accepted, and free everything; calling the session is an error from now on.
+
+        Calls that other threads are in end as they would have; the memory is freed when the last of them is done. In the
+        child of a fork nothing is freed: it is the parent's to free.
+        """
+        with self._lock:
+            self._closed, pool = True, self._pool
+        if not self._home.here:
+            return
+        try:
+            if pool is not None:
+                pool.shutdown()
+            self._backend.close()
+        finally:
+            self._bundle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
+        ready = self._ready(given, cast)
+        if self._backend.gpu is not None and any(isinstance(array, DeviceArray) for array in ready.values()):
+            return self._run_on_gpu(given, ready)
+        return _back(self._timed(self._backend.run, ready), given.values())
+
+    def _run_on_gpu(self, given: Mapping[str, Any], ready: Mapping[str, AnyArray]) -> dict[str, Any]:
+        made = {
+            tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), numpy_dtype(tensor.dtype))
+            for tensor in self._backend.outputs
+        }
+        targets = self._reader.read(made, "output")
+        self._timed(lambda inputs: self._backend.run_into(inputs, targets), ready)
+        return made
+
+    def _ready(self, given: Mapping[str, Any], cast: bool) -> dict[str, AnyArray]:
+        return self._contract.check(self._reader.read(given), cast)
+
+    def _check_open(self) -> None:
+        self._home.check()
+        if self._closed:
+            raise BcaError("the session is closed; open the bundle again")
+
+    def _ready_pair(self, index: int, pair: tuple[Any, ...], cast: bool) -> dict[str, Array]:
+        try:
+            ready = self._ready(self._contract.bind(pair, {}), cast)
+            if any(isinstance(array, DeviceArray) for array in ready.values()):
+                raise InputError("run_many takes arrays on the CPU; call the session for those on the GPU")
+        except InputError as error:
+            raise InputError(f"pair {index}: {error}") from None
+        return ready  # type: ignore[return-value]  # those of the GPU are refused above
+
+    def _timed(self, run: Any, ready: Mapping[str, Any]) -> Any:
+        start, failed = time.perf_counter(), True
+        try:
+            result = run(ready)
+            failed = False
+        finally:
+            seconds = time.perf_counter() - start
+            batch, rows = ready["x"].shape[0], ready["x"].shape[1] + ready["context"].shape[1]
+            self._meter.add(seconds, batch, batch * rows, failed)
+            if self._on_call is not None:
+                self._observe(seconds, ready, failed)
+        return result
+
+    def _observe(self, seconds: float, ready: Mapping[str, AnyArray], failed: bool) -> None:
+        end_ns = time.time_ns()
+        batch, x_len = ready["x"].shape[:2]
+        call = Call(end_ns - round(seconds * 1e9), end_ns, self._backend.name, batch, x_len, ready["context"].shape[1], failed)
+        try:
+            if self._on_call is not None:
+                self._on_call(call)
+        except Exception:  # an observer's mistake must not fail a request
+            _log.exception("on_call failed")
+
+    def _shape(self, tensor: TensorEntry, ready: Mapping[str, AnyArray]) -> tuple[int, ...]:
+        return shape_of(tensor.axes, sizes_of(ready))
+
+    def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
+        if set(outputs) != set(self._names):
+            raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(self._names)}")
+        for tensor in self._backend.outputs:
+            wanted, array = self._shape(tensor, ready), outputs[tensor.name]
+            if array.shape != wanted or array.dtype != tensor.dtype or not _takes_writes(array):
+                raise InputError(
+                    f"output {tensor.name} is {list(array.shape)} {array.dtype}; a writable, C-contiguous array of "
+                    f"{list(wanted)} {tensor.dtype} is needed"
+                )
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            self._check_open()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="bca-session")
+            return self._pool
+
+
+def _back(outputs: dict[str, Array], like: Iterable[Any]) -> dict[str, Any]:
+    back = arrays.back(like)
+    return outputs if back is None else {name: back(array) for name, array in outputs.items()}
+
+
+def _takes_writes(array: AnyArray) -> bool:
+    return isinstance(array, DeviceArray) or (array.flags.c_contiguous and array.flags.writeable)
