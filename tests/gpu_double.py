@@ -26,7 +26,7 @@ from bca_deploy.engines import libraries
 from bca_deploy.engines.gpus import Gpus
 from bca_deploy.engines.profiles import Ranges, shapes
 from bca_deploy.errors import InputError
-from bca_deploy.session.backends import engine, loaded_engine
+from bca_deploy.session.backends import engine, engine_runner, loaded_engine
 from bca_deploy.session.backends import ort as ort_backend
 from bca_deploy.session.backends.cuda import DeviceArray, Launch
 from bca_deploy.session.contract import numpy_dtype
@@ -379,8 +379,8 @@ def machine(
     )
     gpus = Gpus((GpuEntry(name="Double", compute_capability=capability, driver="1"),), "13.0")
     for module in (engine, loaded_engine):
-        monkeypatch.setattr(module.nvidia, "load", lambda name: library)
+        monkeypatch.setattr(module.libraries, "load", lambda name: library)
     monkeypatch.setattr(engine, "query", lambda: gpus)
-    for module in (engine, ort_backend):
+    for module in (engine, engine_runner, ort_backend):
         monkeypatch.setattr(module, "open_gpu", lambda: found.gpu)
     return found

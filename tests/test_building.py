@@ -28,10 +28,11 @@ from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.cli import app, export_app
 from bca_deploy.engines import build as engines
+from bca_deploy.engines import usable
 from bca_deploy.engines.compile import Built
 from bca_deploy.errors import BundleError, EngineError, InputError
 from bca_deploy.exporter import build as building
-from bca_deploy.exporter import pipeline
+from bca_deploy.exporter import models, plan
 from bca_deploy.exporter import verify as verification
 from bca_deploy.exporter.build import build
 from bca_deploy.exporter.recipe import read_recipe
@@ -75,7 +76,7 @@ def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the work began")
 
     monkeypatch.setattr(engines, "compile_engine", work)
-    monkeypatch.setattr(pipeline, "make_model", work)
+    monkeypatch.setattr(models, "make_model", work)
 
 
 def bca(*arguments: object) -> Result:
@@ -119,7 +120,7 @@ def test_one_file_holds_every_target(fusable: Path) -> None:
         model, engine = bundle.path(entry.model), bundle.path(entry.file)
         assert [path.name for path in engine.parent.iterdir()] == ["rtx-fp16.engine"]
         # The kernels of six GPU generations, and the weights once: never six times.
-        fp16_weights = 2 * sum(tensor.numel() for tensor in pipeline.reopen(bundle).checkpoint.state.values())
+        fp16_weights = 2 * sum(tensor.numel() for tensor in plan.reopen(bundle).checkpoint.state.values())
         assert engine.stat().st_size <= 1.05 * fp16_weights + 2_600_000
         assert sha256(model) == entry.model_sha256
 
@@ -139,7 +140,7 @@ def test_the_entry_says_what_the_engine_is(fusable: Path) -> None:
         model, size = bundle.manifest.models[0], bundle.path(entry.file).stat().st_size
         assert bundle.manifest.files[entry.file].bytes == size
         assert bundle.manifest.files[entry.file].sha256 == sha256(bundle.path(entry.file))
-    assert (entry.file, entry.library, entry.version) == ("engines/rtx-fp16.engine", "rtx", engines.installed("rtx"))
+    assert (entry.file, entry.library, entry.version) == ("engines/rtx-fp16.engine", "rtx", usable.installed("rtx"))
     assert (entry.model, entry.precision, entry.gpu, entry.static) == ("models/fp16.onnx", "fp16", None, False)
     assert entry.profiles == (Dims(),)
     assert (entry.inputs, entry.outputs) == (model.inputs, model.outputs)
@@ -296,7 +297,7 @@ def test_a_model_that_fails_parity_gets_no_engine_and_leaves_the_bundle_as_it_wa
 
     with Bundle.open(single) as bundle:
         entry = bundle.manifest.models[0]
-    monkeypatch.setattr(pipeline, "make_model", lambda *arguments: (entry, plain_verdict(failures=("wrong by 7",))))
+    monkeypatch.setattr(models, "make_model", lambda *arguments: (entry, plain_verdict(failures=("wrong by 7",))))
     with untouched(single):
         refused(bca("build", single, "--engine", "rtx"), "wrong by 7", code=1)
 

@@ -515,10 +515,10 @@ assert not {"torch", "onnx"} & set(sys.modules)
 def test_the_public_names_mean_the_same_whatever_was_imported() -> None:
     # A module of a public name's own name would take its place as soon as anything imported it.
     # Not these: one runs inside Triton, and KServe's messages have the names of tritonclient's, which are here already.
-    elsewhere = {"triton_front", "serving", "guards"}
-    for module in pkgutil.iter_modules(bca_deploy.__path__):
-        if module.name not in elsewhere:
-            importlib.import_module(f"bca_deploy.{module.name}")
+    elsewhere = {"triton_front", "endpoints", "guards"}
+    for module in pkgutil.walk_packages(bca_deploy.__path__, "bca_deploy."):
+        if module.name.rpartition(".")[2] not in elsewhere:
+            importlib.import_module(module.name)
     for name in bca_deploy.__all__:
         assert not isinstance(getattr(bca_deploy, name), ModuleType), name
         assert getattr(bca_deploy, name) is getattr(bca_deploy, name)

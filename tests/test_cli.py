@@ -29,7 +29,7 @@ from typer.testing import CliRunner, Result
 from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.cli import app, console, export_app
-from bca_deploy.exporter import pipeline
+from bca_deploy.exporter import models, pipeline
 from bca_deploy.exporter import verify as verification
 from bca_deploy.parity import user_sample
 from bca_deploy.parity.verdict import Group, Verdict
@@ -147,13 +147,13 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def traced(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing takes 5 s and tests of its own: here every trace gives the graph of ``exported``, whatever the layer."""
-    monkeypatch.setattr(pipeline, "trace", lambda *args: ir.load(exported.path("models/fp32.onnx")))
+    monkeypatch.setattr(models, "trace", lambda *args: ir.load(exported.path("models/fp32.onnx")))
 
 
 @pytest.fixture
 def judged(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is parity what most tests here are about."""
-    monkeypatch.setattr(pipeline, "judge", lambda *args, **kwargs: plain_verdict())
+    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict())
 
 
 @pytest.fixture
@@ -519,14 +519,14 @@ def test_failed_parity_exits_1_and_leaves_no_bundle(samples: Path, tmp_path: Pat
 def test_failed_parity_leaves_the_old_bundle(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copy: Path, layer: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(pipeline, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
+    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
     with nothing_written(tmp_path):
         refused(bca_export(*layer, "--out", copy, "--force"), "it is wrong", code=1)
 
 
 @pytest.mark.usefixtures("judged")
 def test_keep_failed_leaves_what_failed_to_look_at(monkeypatch: pytest.MonkeyPatch, samples: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(pipeline, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
+    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
     for _ in range(2):  # the second time in place of the first
         result = bca_export("--checkpoint", samples / "retrained.safetensors", "--heads", "3", "--keep-failed", "--out", "m")
         ended(result, 1)
@@ -545,7 +545,7 @@ def test_what_failed_without_bound_can_be_looked_at(
     judged: None, monkeypatch: pytest.MonkeyPatch, layer: tuple[str, ...]
 ) -> None:
     # Where PyTorch makes no error at all, the ratio to it is infinite.
-    monkeypatch.setattr(pipeline, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",), float("inf")))
+    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",), float("inf")))
     refused(bca_export(*layer, "--keep-failed", "--out", "m"), r"\(2 failures\):\n  it is wrong", code=1)
     assert Bundle.open("m.failed").manifest.models[0].parity.passed is False
 
@@ -553,7 +553,7 @@ def test_what_failed_without_bound_can_be_looked_at(
 def test_keep_failed_does_not_touch_another_directory_and_still_exits_1(
     judged: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layer: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(pipeline, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
+    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
     (tmp_path / "m.failed").mkdir()
     (tmp_path / "m.failed" / "notes.txt").write_text("mine")
     with nothing_written(tmp_path):
@@ -570,7 +570,7 @@ def test_a_full_disk_leaves_what_was_there(
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(pipeline, "write", full)
+    monkeypatch.setattr(models, "write", full)
     with nothing_written(tmp_path):
         refused(bca_export(*layer, *out, "--force"), r"No space left on device: .*fp32\.onnx")
 
@@ -588,7 +588,7 @@ def interrupt(*args: object, **kwargs: object) -> None:
 def test_an_interrupt_exits_130_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copy: Path, layer: tuple[str, ...], stage: str, out: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(pipeline, stage, interrupt)
+    monkeypatch.setattr(models, stage, interrupt)
     with nothing_written(tmp_path):
         refused(bca_export(*layer, *out), "^error: interrupted; nothing was left behind$", code=130)
 
@@ -597,7 +597,7 @@ def test_an_interrupt_exits_130_and_leaves_nothing(
 def test_an_interrupt_leaves_not_even_the_directories_around(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layer: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(pipeline, "judge", interrupt)
+    monkeypatch.setattr(models, "judge", interrupt)
     with nothing_written(tmp_path):
         refused(bca_export(*layer), "nothing was left behind", code=130)
 

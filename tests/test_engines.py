@@ -18,12 +18,12 @@ from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.cli import app
 from bca_deploy.engines import build as engines
-from bca_deploy.engines import libraries
+from bca_deploy.engines import libraries, usable
 from bca_deploy.engines.build_log import BuildLog
 from bca_deploy.engines.builder_process import Facts
 from bca_deploy.engines.compile import Built
 from bca_deploy.engines.gpus import Gpus
-from bca_deploy.engines.usable import installed, rebuild_command, usable, why_stale
+from bca_deploy.engines.usable import engine_for, installed, rebuild_command, why_stale
 from bca_deploy.errors import BcaError, EngineError, InputError
 from bca_deploy.exporter.build import build
 from bca_deploy.spec import DimRange, Dims, Precision
@@ -178,7 +178,7 @@ def test_the_engine_that_fits_gets_in(built: Path, entry: EngineEntry, monkeypat
 
 def test_a_fresh_engine_is_usable(built: Path, entry: EngineEntry) -> None:
     with Bundle.open(built) as bundle:
-        assert usable(bundle, "rtx", entry.version, "sm89") == (entry, built / entry.file)
+        assert engine_for(bundle, "rtx", entry.version, "sm89") == (entry, built / entry.file)
         assert why_stale(entry, bundle.manifest, None) is None  # nothing is known of the machine
 
 
@@ -201,8 +201,8 @@ def test_versions_are_compared_as_numbers(one: tuple[int, ...], other: tuple[int
     entry = EngineEntry.model_construct(version=".".join(map(str, one)), options=EngineTable(library="tensorrt"))
     compatible = entry.model_copy(update={"options": EngineTable(library="tensorrt", version_compatible=True)})
     loaded = ".".join(map(str, other))
-    assert engines._loads(entry, loaded) == (one == other)
-    assert engines._loads(compatible, loaded) == (other >= one)
+    assert usable._loads(entry, loaded) == (one == other)
+    assert usable._loads(compatible, loaded) == (other >= one)
 
 
 def test_a_version_compatible_engine_loads_in_later_versions_only(entry: EngineEntry, manifest: Manifest) -> None:
@@ -237,9 +237,9 @@ def test_an_engine_built_on_a_gpu_runs_there_and_where_it_was_made_to(
 
 def test_a_bundle_without_an_engine_for_the_library_names_the_command(built: Path, exported: Bundle) -> None:
     with pytest.raises(EngineError, match=f"has no rtx engine; build one: bca build {exported.directory} --engine rtx"):
-        usable(exported, "rtx", "1", "sm89")
+        engine_for(exported, "rtx", "1", "sm89")
     with Bundle.open(built) as bundle, pytest.raises(EngineError, match="has no tensorrt engine"):
-        usable(bundle, "tensorrt", "1", "sm89")
+        engine_for(bundle, "tensorrt", "1", "sm89")
 
 
 def age(path: Path, **changes: object) -> None:
@@ -267,10 +267,10 @@ def cure(message: str) -> None:
 def test_a_stale_engine_is_refused_with_the_command_that_cures_it(built: Path, entry: EngineEntry, change: Any) -> None:
     age(built, **change)
     with Bundle.open(built) as bundle, pytest.raises(EngineError, match=r"engines/rtx-fp16\.engine is stale: ") as caught:
-        usable(bundle, "rtx", entry.version, "sm89")
+        engine_for(bundle, "rtx", entry.version, "sm89")
     cure(str(caught.value))
     with Bundle.open(built) as bundle:
-        fresh, _ = usable(bundle, "rtx", entry.version, "sm89")
+        fresh, _ = engine_for(bundle, "rtx", entry.version, "sm89")
     assert as_built(fresh) == as_built(entry)
 
 
@@ -303,17 +303,17 @@ def test_the_command_for_an_archive_names_the_archive(built: Path, tmp_path: Pat
     with staged(archive) as directory:
         shutil.copytree(built, directory, dirs_exist_ok=True)
     with Bundle.open(archive) as bundle, pytest.raises(EngineError, match=rf"bca build {archive} "):
-        usable(bundle, "rtx", "1.0", "sm89")
+        engine_for(bundle, "rtx", "1.0", "sm89")
 
 
 def test_every_stale_engine_gets_its_own_reason(built: Path, entry: EngineEntry) -> None:
     build(built, targets=["sm86"], precision="fp32")
     with Bundle.open(built) as bundle, pytest.raises(EngineError) as caught:
-        usable(bundle, "rtx", entry.version, "sm90")
+        engine_for(bundle, "rtx", entry.version, "sm90")
     for file, target in (("rtx-fp16", "sm89"), ("rtx-fp32", "sm86")):
         assert f"engines/{file}.engine is stale: it was built for {target}, and the GPU is sm90" in str(caught.value)
     with Bundle.open(built) as bundle:  # one that fits is enough
-        assert usable(bundle, "rtx", entry.version, "sm86")[0].precision == "fp32"
+        assert engine_for(bundle, "rtx", entry.version, "sm86")[0].precision == "fp32"
 
 
 def test_inspect_notes_a_stale_engine_and_how_to_rebuild_it(built: Path) -> None:
@@ -367,4 +367,4 @@ def test_a_profile_outside_the_dims_is_refused_before_any_builder_runs(built: Pa
 
 def test_a_dimension_range_is_written_as_the_flag_that_reads_it() -> None:
     dims = Dims(batch=DimRange(1, 1, 4), x_len=DimRange(1, 128, 512), context_len=DimRange(2, 2, 2))
-    assert engines._as_flag(dims) == "batch=1:1:4,x_len=1:128:512,context_len=2:2:2"
+    assert usable._as_flag(dims) == "batch=1:1:4,x_len=1:128:512,context_len=2:2:2"

@@ -21,6 +21,7 @@ from bca_deploy.engines import libraries
 from bca_deploy.engines.compile import compile_engine
 from bca_deploy.engines.gpus import query
 from bca_deploy.engines.libraries import LIBRARIES
+from bca_deploy.engines.usable import engine_for
 from bca_deploy.errors import EngineError, InputError, MissingDependencyError
 from bca_deploy.exporter import refit as refitting
 from bca_deploy.layers.checkpoint import Checkpoint, read
@@ -264,7 +265,7 @@ def test_the_entry_says_what_it_was_built_for(path: Path, library: EngineLibrary
     gpu = GPUS.found[0]
     assert (entry.gpu, entry.targets) == ((None, (gpu.compute_capability,)) if library == "rtx" else (gpu, ()))
     with Bundle.open(path) as bundle:
-        found, file = engines.usable(bundle, library, entry.version, gpu.compute_capability)
+        found, file = engine_for(bundle, library, entry.version, gpu.compute_capability)
     assert (found, file.suffix) == (entry, ".engine")
 
 

@@ -21,9 +21,11 @@ from bca_deploy.bundle.engine_options import EngineTable, HardwareCompatibility
 from bca_deploy.engines import builder_process, libraries
 from bca_deploy.engines.libraries import LIBRARIES, check_targets
 from bca_deploy.errors import InputError, MissingDependencyError
+from bca_deploy.session.backends import engine_lane, loaded_engine
 from bca_deploy.spec import EngineLibrary, Precision
 
-PACKAGE = Path(libraries.__file__).parent
+#: Our modules that call the library.
+CALLERS = {"builder_process": builder_process, "loaded_engine": loaded_engine, "engine_lane": engine_lane}
 #: Bare bindings of TensorRT 10 and 11, put there by `make setup`; their libraries are not on PyPI.
 BINDINGS = Path(sys.prefix) / "bindings"
 MODULES = {"10": "tensorrt_bindings", "11": "tensorrt_bindings", "rtx": "tensorrt_rtx"}
@@ -62,7 +64,7 @@ VARIABLES = {
 NOT_THEIRS = frozenset(
     re.findall(
         r"\w+",
-        """array buffer copy error events file found given inputs inside made meter msg nvidia options partial path profiles
+        """array buffer copy error events file found given inputs inside made meter msg libraries options partial path profiles
         ranges request said self shapes signal target torch weights accepted addresses graph inputs key launch memory outputs
         places ready same scratch size gpu""",
     )
@@ -221,7 +223,7 @@ def used_in(source: str) -> Used:
 
 
 def source(module: str) -> str:
-    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    return Path(str(CALLERS[module].__file__)).read_text(encoding="utf-8")
 
 
 # ---- what the libraries have
@@ -300,18 +302,18 @@ def missing(used: Used, surface: dict[str, str], rtx: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("library", ["10", "11", "rtx"])
-@pytest.mark.parametrize("module", ["builder", "loaded_engine", "engine_lane"])
+@pytest.mark.parametrize("module", CALLERS)
 def test_every_name_that_we_use_is_in_the_library(surfaces: Surfaces, module: str, library: str) -> None:
     assert missing(used_in(source(module)), surfaces[library], library == "rtx") == set()
 
 
-@pytest.mark.parametrize("module", ["builder", "loaded_engine", "engine_lane"])
+@pytest.mark.parametrize("module", CALLERS)
 def test_every_variable_is_in_the_tables(module: str) -> None:
     assert used_in(source(module)).unknown == set()
 
 
 def test_the_check_sees_what_is_there() -> None:
-    seen = used_in(source("builder"))
+    seen = used_in(source("builder_process"))
     assert {"BuilderFlag.TF32", "ProfilingVerbosity.DETAILED", "HardwareCompatibilityLevel.AMPERE_PLUS"} <= seen.names
     assert {"ILogger.log", "IProgressMonitor.step_complete", "ParserError.desc", "DataType.name"} <= seen.names
     assert {"OnnxParserRefitter.refit_from_file", "ITimingCache.serialize", "IBuilderConfig.progress_monitor"} <= seen.names
@@ -339,7 +341,7 @@ MISSPELT = [
 
 @pytest.mark.parametrize(("right", "wrong", "name"), MISSPELT)
 def test_a_misspelt_name_is_found(surfaces: Surfaces, right: str, wrong: str, name: str) -> None:
-    text = source("builder")
+    text = source("builder_process")
     assert right in text
     for library, surface in surfaces.items():
         assert missing(used_in(text.replace(right, wrong)), surface, library == "rtx") == {name}
@@ -364,12 +366,12 @@ def test_nothing_is_used_that_tensorrt_11_removed(surfaces: Surfaces) -> None:
     assert {"BuilderFlag.FP16", "BuilderFlag.BF16", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS"} <= removed
     assert {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "ICudaEngine.device_memory_size"} <= removed
     assert not removed & (
-        used_in(source("builder")).names | used_in(source("loaded_engine")).names | used_in(source("engine_lane")).names
+        used_in(source("builder_process")).names | used_in(source("loaded_engine")).names | used_in(source("engine_lane")).names
     )
 
 
 def test_what_only_tensorrt_rtx_has_is_reached_only_with_targets(surfaces: Surfaces) -> None:
-    used = used_in(source("builder")).names
+    used = used_in(source("builder_process")).names
     only = {name for name in used if name in surfaces["rtx"] and name not in surfaces["10"]}
     assert only == {name for name in used if is_rtx_only(name)}
     assert not {name for name in only if name in surfaces["11"]}

@@ -29,8 +29,9 @@ from bca_deploy.engines.build_log import BuildLog
 from bca_deploy.engines.builder_process import Facts, Request
 from bca_deploy.engines.compile import Built
 from bca_deploy.engines.gpus import Gpus
+from bca_deploy.engines.usable import engine_for
 from bca_deploy.errors import BcaError, BundleError, EngineError, InputError
-from bca_deploy.exporter import pipeline
+from bca_deploy.exporter import models
 from bca_deploy.exporter import refit as refitting
 from bca_deploy.exporter import verify as verification
 from bca_deploy.exporter.build import build
@@ -148,7 +149,7 @@ def test_the_engine_is_built_again_as_it_was_and_is_fresh(engined: Path, files: 
     with Bundle.open(engined) as bundle:
         (entry,) = bundle.manifest.engines
         assert entry.model_sha256 == bundle.manifest.files[entry.model].sha256 != old.model_sha256
-        assert engines.usable(bundle, "rtx", entry.version, "sm86")[0] == entry
+        assert engine_for(bundle, "rtx", entry.version, "sm86")[0] == entry
     as_asked = {"targets", "precision"}  # these were defaults, and are written out
     assert entry.model_copy(update={"model_sha256": old.model_sha256}).model_dump(exclude={"options"}) == old.model_dump(
         exclude={"options"}
@@ -188,7 +189,7 @@ def test_nothing_is_traced(engined: Path, files: Path, monkeypatch: pytest.Monke
     def work(*arguments: object) -> None:
         raise AssertionError("a trace began")
 
-    monkeypatch.setattr(pipeline, "trace", work)
+    monkeypatch.setattr(models, "trace", work)
     assert all(refit(engined, files / "new.safetensors", drop_sample=True))
 
 
@@ -274,7 +275,7 @@ def test_a_file_that_does_not_hold_this_layer_is_refused(
     def work(*arguments: object) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(pipeline, "refit_model", work)
+    monkeypatch.setattr(models, "refit_model", work)
     with untouched(engined.parent):
         refused(bca("refit", engined, "--checkpoint", files / f"{name}.safetensors", "--drop-expect"), message)
 
@@ -287,13 +288,13 @@ def test_a_refit_that_stops_halfway_leaves_the_bundle_as_it_was(
     def fail(*arguments: object) -> None:
         raise error("half way")
 
-    monkeypatch.setattr(pipeline, place, fail)
+    monkeypatch.setattr(models, place, fail)
     with untouched(engined.parent), pytest.raises(error, match="half way"):
         refit(engined, files / "new.safetensors", drop_sample=True)
 
 
 def test_weights_that_fail_parity_do_not_get_in(engined: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "judge", lambda *arguments, **options: plain_verdict(failures=("wrong by 7",)))
+    monkeypatch.setattr(models, "judge", lambda *arguments, **options: plain_verdict(failures=("wrong by 7",)))
     with untouched(engined.parent):
         refused(bca("refit", engined, "--checkpoint", files / "new.safetensors", "--drop-expect"), "wrong by 7", code=1)
 
@@ -372,7 +373,7 @@ def test_an_engine_of_a_gpu_that_is_not_here_is_refused_before_any_work(
     def work(*arguments: object) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(pipeline, "refit_model", work)
+    monkeypatch.setattr(models, "refit_model", work)
     monkeypatch.setattr(engines, "query", lambda: found)
     with untouched(engined.parent), pytest.raises(BcaError, match=re.escape(message)):
         refit(engined, files / "new.safetensors", drop_sample=True)

@@ -79,8 +79,9 @@ def test_the_engine_model_is_the_bundles_file_with_its_weights_beside_it(exporte
 def test_the_front_carries_the_packages_own_rules_unchanged(exported: Bundle, tmp_path: Path) -> None:
     front, _ = packaging.write(exported, tmp_path, Options())
     source = Path(bca_deploy.__file__).parent
-    carried = {path.name for path in (front / "1" / "bca_deploy").iterdir()} - {"__init__.py"}
-    assert carried == {"contract.py", "errors.py", "padding.py", "spec.py"}
+    package = front / "1" / "bca_deploy"
+    carried = {str(path.relative_to(package)) for path in package.rglob("*.py")} - {"__init__.py"}
+    assert carried == {"errors.py", "session/__init__.py", "session/contract.py", "session/padding.py", "spec.py"}
     for name in carried:
         assert (front / "1" / "bca_deploy" / name).read_bytes() == (source / name).read_bytes()
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from bca_deploy.bundle.manifest import Manifest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError
-from bca_deploy.exporter.plan import checkpoint_of
 from bca_deploy.optional import missing
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def obstacle(name: Name, manifest: Manifest, installed: Callable[[str], bool]) -
 def write_literal(bundle: Bundle, directory: Path) -> None:
     """Write the literal graph of a bundle's layer: one similarity, a softmax over either axis."""
     from bca_deploy.exporter.graph import trace, write
+    from bca_deploy.exporter.plan import checkpoint_of
     from bca_deploy.layers.lowered_model import lower
 
     checkpoint, interface = checkpoint_of(bundle), bundle.manifest.interface
@@ -107,6 +107,8 @@ def _torch(name: Name, bundle: Bundle, threads: int, feeds: Feeds) -> Callable[[
     import torch
 
     torch.set_num_threads(threads)
+    from bca_deploy.exporter.plan import checkpoint_of
+
     layer = checkpoint_of(bundle).module(torch.float32)
     tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in feeds.items()}
     run: Callable[..., Any] = layer if name == "eager" else sdpa_form(layer)

@@ -88,7 +88,7 @@ def of_library(bundle: Bundle, library: EngineLibrary, precision: Precision | No
     return found
 
 
-def usable(
+def engine_for(
     bundle: Bundle, library: EngineLibrary, loaded: str, capability: str, precision: Precision | None = None
 ) -> tuple[EngineEntry, Path]:
     """Return the bundle's engine for a library and a GPU.

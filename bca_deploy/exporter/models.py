@@ -11,6 +11,7 @@ import numpy as np
 from bca_deploy.bundle.manifest import (
     DTYPE_OF,
     EXPECT_FILE,
+    FORMAT,
     PARITY_FILE,
     SELFTEST_FILE,
     Manifest,
@@ -168,3 +169,31 @@ def package_version(package: str) -> str:
         except PackageNotFoundError:
             continue
     return "not installed"
+
+
+# Whose versions the manifest keeps.
+_MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+
+
+def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, clock: Clock) -> Manifest:
+    """Write what goes with the models, and last the manifest that lists it all.
+
+    Returns:
+        The manifest; it holds no engines yet.
+    """
+    entries = tuple(entry for entry, _ in made)
+    write_selftest(plan, directory, entries, clock)
+    if plan.expected:
+        np.savez(directory / EXPECT_FILE, **plan.expected)  # type: ignore[arg-type]
+    write_json(directory / PARITY_FILE, {"models": [report(verdict) for _, verdict in made]})
+    manifest = Manifest(
+        format=FORMAT,
+        layer=plan.checkpoint.spec,
+        interface=plan.recipe.interface,
+        dims=plan.recipe.dims,
+        models=entries,
+        engines=(),
+        versions={name: package_version(name) for name in _MADE_BY},
+        files={},
+    )
+    return seal(directory, manifest)

@@ -4,19 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from bca_deploy.bundle.manifest import (
-    EXPECT_FILE,
-    FORMAT,
-    PARITY_FILE,
     WEIGHTS_FILE,
-    Manifest,
-    ModelEntry,
 )
 from bca_deploy.bundle.read import Bundle
-from bca_deploy.bundle.write import seal, staged, write_build, write_json
+from bca_deploy.bundle.write import staged, write_build
 from bca_deploy.engines import build as engines
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.exporter import models
@@ -26,12 +20,9 @@ from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.layers.lowered_model import choose, has_cpu_form
 from bca_deploy.parity import user_sample
-from bca_deploy.parity.verdict import Verdict, report
+from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.spec import Precision, Runtime
-
-# Whose versions the manifest keeps.
-_MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
 @plain_torch()
@@ -96,7 +87,7 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
         with clock.stage("weights"):
             models.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
         made = [models.make_model(plan, precision, runtime, directory, clock) for precision, runtime in _forms(plan)]
-        manifest = finish(plan, made, directory, clock)
+        manifest = models.finish(plan, made, directory, clock)
         try:
             models.refuse_failures([verdict for _, verdict in made])
         except ParityError as error:
@@ -116,30 +107,6 @@ def _forms(plan: Plan) -> list[tuple[Precision, Runtime]]:
         if has_cpu_form(plan.lowering, precision, plan.recipe.interface)
     ]
     return forms + cpu
-
-
-def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, clock: Clock) -> Manifest:
-    """Write what goes with the models, and last the manifest that lists it all.
-
-    Returns:
-        The manifest; it holds no engines yet.
-    """
-    entries = tuple(entry for entry, _ in made)
-    models.write_selftest(plan, directory, entries, clock)
-    if plan.expected:
-        np.savez(directory / EXPECT_FILE, **plan.expected)  # type: ignore[arg-type]
-    write_json(directory / PARITY_FILE, {"models": [report(verdict) for _, verdict in made]})
-    manifest = Manifest(
-        format=FORMAT,
-        layer=plan.checkpoint.spec,
-        interface=plan.recipe.interface,
-        dims=plan.recipe.dims,
-        models=entries,
-        engines=(),
-        versions={name: models.package_version(name) for name in _MADE_BY},
-        files={},
-    )
-    return seal(directory, manifest)
 
 
 def _keep_failed(plan: Plan, directory: Path) -> str:

@@ -133,13 +133,11 @@ def reopen(bundle: Bundle, force: bool = True) -> Plan:
         parity=first.parity.scope,
         external_data_bytes=0 if first.external_data else EXTERNAL_DATA_BYTES,
     )
-    checkpoint = Checkpoint(manifest.layer, read(bundle.path(WEIGHTS_FILE)))
+    checkpoint = checkpoint_of(bundle)
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
     return Plan(recipe, checkpoint, first.lowering, bundle.directory, force, expected)
 
 
-def checkpoint_of(bundle: Bundle) -> "Checkpoint":
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
     """Return a bundle's layer with its weights."""
-    from bca_deploy.layers.checkpoint import Checkpoint, read
-
     return Checkpoint(bundle.manifest.layer, read(bundle.path(WEIGHTS_FILE)))

@@ -12,7 +12,7 @@ from bca_deploy.engines.build import EnginePlan
 from bca_deploy.engines.builder_process import Request
 from bca_deploy.engines.compile import compile_engine
 from bca_deploy.errors import EngineError, InputError
-from bca_deploy.exporter import models, pipeline
+from bca_deploy.exporter import models
 from bca_deploy.exporter.plan import Plan, reopen
 from bca_deploy.layers.checkpoint import Checkpoint, load
 from bca_deploy.layers.isolation import plain_torch
@@ -56,7 +56,7 @@ def refit(
         (directory / EXPECT_FILE).unlink(missing_ok=True)
         models.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
         made = [models.refit_model(plan, model, directory, clock) for model in opened.manifest.models]
-        manifest = pipeline.finish(plan, made, directory, clock)
+        manifest = models.finish(plan, made, directory, clock)
         models.refuse_failures(verdict for _, verdict in made)
         for entry, wanted in plans:
             manifest = _renew(directory, manifest, entry, wanted, clock)

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 
 from bca_deploy.bundle import selftest
-from bca_deploy.bundle.manifest import EXPECT_FILE, SELFTEST_FILE, WEIGHTS_FILE, ModelEntry
+from bca_deploy.bundle.manifest import EXPECT_FILE, SELFTEST_FILE, ModelEntry
 from bca_deploy.bundle.read import Bundle, reading, safe_path
 from bca_deploy.errors import BundleError, ParityError, check_one_of
+from bca_deploy.exporter.plan import checkpoint_of
 from bca_deploy.files import read_arrays
-from bca_deploy.layers.checkpoint import Checkpoint, read
+from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.parity import user_sample
 from bca_deploy.parity.cases import Scope
@@ -56,7 +57,7 @@ def verify(
             return verify(opened, inputs=inputs, scope=scope, progress=progress)
     progress = progress or Silent()
     spec, interface = bundle.manifest.layer, bundle.manifest.interface
-    checkpoint = Checkpoint(spec, read(bundle.path(WEIGHTS_FILE)))
+    checkpoint = checkpoint_of(bundle)
     samples = {str(path): user_sample.read(Path(path), ("x", "context")) for path in inputs}
     if EXPECT_FILE in bundle.manifest.files:
         samples[EXPECT_FILE] = user_sample.read(bundle.path(EXPECT_FILE))

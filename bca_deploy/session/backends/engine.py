@@ -136,7 +136,7 @@ def open_engine(library: EngineLibrary, bundle: Bundle, options: Options) -> Eng
     if not (gpus := query()).found:
         raise EngineError(f"no GPU: {gpus.why_none}")
     version, gpu = str(libraries.load(library).__version__), open_gpu()
-    entry, path = usable.usable(bundle, library, version, gpu.capability, options.precision)
+    entry, path = usable.engine_for(bundle, library, version, gpu.capability, options.precision)
     digest = bundle.manifest.files[entry.file].sha256[:16]  # bundles may share a cache directory
     cache = options.cache / f"{path.stem}-{digest}.runtime-cache" if options.cache else None
     loaded = load_engine(path, library, EngineOptions(options.host_code, cache, options.cuda_graphs > 0))
