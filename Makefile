@@ -37,10 +37,11 @@ demo: $(READY)
 	$(BIN)/bca inspect build/demo
 
 check: $(READY)
-	$(SAY) "ruff and mypy"
+	$(SAY) "ruff, mypy, and which wing imports which"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(SAY) "the fast tests; some minutes"
 	$(PYTEST) -m 'not slow'
 
