@@ -33,7 +33,7 @@ needs_clang = pytest.mark.skipif(bool(native.missing("clang")), reason="no clang
 PATIENT_MS = f"{PATIENCE_S * 1e3:.0f}"
 FIXTURE = native.ROOT / "tests" / "fixtures" / "format1"
 README = (native.ROOT / "runtime" / "README.md").read_text(encoding="utf-8")
-TOP_README = (native.ROOT / "README.md").read_text(encoding="utf-8")
+SESSION_PAGE = (native.ROOT / "docs" / "session.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -444,7 +444,7 @@ def test_the_readmes_commands_build_and_install_and_its_snippets_compile_and_run
 
 
 def test_the_snippet_of_the_main_readme_compiles(release: Path, tmp_path: Path) -> None:
-    (short,) = snippets("cpp", TOP_README)
+    (short,) = snippets("cpp", SESSION_PAGE)
     tensors = ", ".join(f"const bca::Tensor& {name}" for name in ("x", "context", "mask"))
     source = tmp_path / "short.cpp"
     source.write_text(f"#include <bca/session.hpp>\nvoid use({tensors}) {{\n{short}}}\n")

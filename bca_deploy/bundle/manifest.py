@@ -1,4 +1,4 @@
-"""The bundle's manifest, format 1: what is in the bundle, field by field. The README documents it, docs/ holds its schema."""
+"""The bundle's manifest, format 1: what is in the bundle, field by field. docs/bundle-format.md tells it, beside its schema."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""The main job: plan, lower, trace, judge, and leave a bundle. Everything that can be refused is refused before any work."""
+"""The main job in its order: weights, models and their verdicts, bundle, engine; in its place whole, or not at all."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a session runs on: the interface, and the choice among what this machine and this bundle really have."""
+"""Which backend a session runs on: the choice among what this machine and this bundle really have."""
 
 from collections.abc import Callable
 
