@@ -47,7 +47,7 @@ check: $(READY)
 
 test: check
 	$(SAY) "the C++ runtime as it ships, with AddressSanitizer and with ThreadSanitizer: minutes when they are new"
-	$(BIN)/python tests/native.py release address thread
+	$(BIN)/python tests/support/native.py release address thread
 	$(SAY) "the slow tests: C++ and its fuzzers, exports of every kind, servers under attack; the longest part"
 	$(PYTEST) -m slow
 

@@ -2,7 +2,7 @@
 
 python benchmarks/attention.py [--shapes 1x64x64 1x512x512 ...] [--threads 2] [--seconds 3] [--json FILE]
 
-What `bca bench` does, for the layer that the figures in docs/benchmarks.md are of: fp32, dims 512/386, 8 heads of 64, both masks.
+What `bca bench` does, for the layer of docs/benchmarks.md: fp32, dims 512/386, 8 heads of 64, both masks.
 """
 
 import argparse

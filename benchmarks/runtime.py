@@ -27,7 +27,7 @@ from bca_deploy.cli.bench import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import native  # noqa: E402  (where runtime/ is built)
+from support import native  # noqa: E402  (where runtime/ is built)
 
 DEMO = ROOT / "build" / "demo"
 RUNS = 300

@@ -139,7 +139,7 @@ def generate(kind: str, clients: int, seconds: float, address: str) -> dict[str,
 
 
 def measure(seconds: float) -> list[dict[str, object]]:
-    from servers import bca_serve
+    from support.servers import bca_serve
 
     results: list[dict[str, object]] = [{"what": "bare", **in_own_process("bare", n, seconds)} for n in (1, 4, 16)]
     with tempfile.TemporaryDirectory() as place:
@@ -157,7 +157,7 @@ def measure(seconds: float) -> list[dict[str, object]]:
 def ragged_on_triton() -> dict[str, int]:
     """64 requests of 16 to 512 rows at once through the generated front."""
     import tritonclient.grpc as library
-    from servers import put_stand_in, tritonserver
+    from support.servers import put_stand_in, tritonserver
 
     from bca_deploy.bundle.read import Bundle
     from bca_deploy.packaging.triton_repository import Options, write

@@ -6,34 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from servers import Server, bca_serve, put_stand_in, tritonserver
+from support.layers import make_checkpoint
+from support.servers import Server, bca_serve, put_stand_in, tritonserver
 
 import bca_deploy
 from bca_deploy.bundle.read import Bundle
-from bca_deploy.layers.checkpoint import Checkpoint, from_module
-from bca_deploy.layers.reference import build
-from bca_deploy.spec import LayerSpec
 
 # The same examples every day, and none of them timed: a failure must be the change's, not the day's or the machine's.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
-
-SMALL = {"dim": 24, "context_dim": 16, "heads": 3, "dim_head": 8}
-
-
-def make_spec(**changes: object) -> LayerSpec:
-    """A small layer whose sizes are all different, so that a mixed-up axis shows."""
-    return LayerSpec(**{**SMALL, **changes})  # type: ignore[arg-type]
-
-
-def make_checkpoint(seed: int = 0, **changes: object) -> Checkpoint:
-    """The small layer with seeded weights; norms and biases are random too, or half of the mistakes would not show."""
-    torch.manual_seed(seed)
-    module = build(make_spec(**changes))
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    return from_module(module)
 
 
 @pytest.fixture(scope="session")

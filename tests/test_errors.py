@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_spec
+from support.layers import make_spec
 
 import bca_deploy
 from bca_deploy.bundle.read import Bundle

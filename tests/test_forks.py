@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from servers import Server
+from support.servers import Server
 
 import bca_deploy
 from bca_deploy.bundle.read import Bundle

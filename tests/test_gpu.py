@@ -9,8 +9,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint
 from safetensors.torch import save_file
+from support.layers import make_checkpoint
 
 import bca_deploy
 from bca_deploy.bundle import selftest

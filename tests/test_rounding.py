@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint
-from rounding import LARGEST_LOGIT, WIDEST, allowance, is_same
-from test_session import make, truth
+from support.layers import make_checkpoint
+from support.requests import make, truth
+from support.rounding import LARGEST_LOGIT, WIDEST, allowance, is_same
 
 from bca_deploy.bundle.manifest import WEIGHTS_FILE
 from bca_deploy.bundle.read import Bundle

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import TRITONS_OWN, Server, free_ports, settled
+from support.servers import TRITONS_OWN, Server, free_ports, settled
 
 
 @pytest.fixture

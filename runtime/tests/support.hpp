@@ -107,7 +107,7 @@ inline bool same(const bca::Tensor& a, const bca::Tensor& b) {
 }
 
 /// The same result of a float32 model. ONNX Runtime's bits are not fixed: for another alignment it may take another kernel,
-/// which sums in another order. The allowance is the one of tests/rounding.py.
+/// which sums in another order. The allowance is the one of tests/support/rounding.py.
 inline bool near(const bca::Tensor& a, const bca::Tensor& b) {
   if (a.shape() != b.shape() || a.dtype() != b.dtype()) return false;
   const float *one = a.data<float>(), *other = b.data<float>();

@@ -1,4 +1,4 @@
-// Files as numpy writes them come in, others are refused; what goes out, numpy reads (tests/test_runtime.py asks it).
+// Files as numpy writes them come in, others are refused; what goes out, numpy reads (tests/runtime/test_runtime.py asks it).
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>

@@ -1,0 +1,45 @@
+"""The table of requests that the Python and the C++ runtime are both held to: tests/contract_cases.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
+import numpy as np
+import pytest
+
+from bca_deploy.bundle.manifest import TensorEntry
+from bca_deploy.errors import InputError
+from bca_deploy.session.contract import Contract
+from bca_deploy.spec import DimRange, Dims
+
+TABLE = json.loads((Path(__file__).parents[1] / "contract_cases.json").read_text(encoding="utf-8"))
+
+
+def dims(given: dict[str, Any]) -> Dims:
+    return Dims(**{name: DimRange(**sizes) for name, sizes in given.items()})
+
+
+def array(given: dict[str, Any]) -> np.ndarray:
+    fill, dtype = given.get("fill", 1), given.get("dtype", "float32")
+    return np.full(given["shape"], fill, "uint8").view(bool) if dtype == "bool" else np.full(given["shape"], fill, dtype)
+
+
+@pytest.mark.parametrize("case", TABLE["cases"], ids=lambda case: case["case"])
+def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
+    tensors = [TensorEntry.model_validate(tensor) for tensor in TABLE["models"][case["model"]]]
+    profiles = tuple(map(dims, TABLE["profiles"].get(case.get("profiles"), ())))
+    contract = Contract(tensors, dims(TABLE["dims"] | case.get("dims", {})), profiles)
+    given = {name: array(entry) for name, entry in case["inputs"].items()}
+    if case["error"] is None:
+        ready = contract.check(contract.bind((), given), case.get("cast", False))
+        assert {name: value.dtype.name for name, value in ready.items()} == {t.name: t.dtype for t in tensors}
+        return
+    with pytest.raises(InputError) as error:
+        contract.check(contract.bind((), given), case.get("cast", False))
+    assert str(error.value) == case["error"]
+
+
+def test_the_table_has_no_case_twice() -> None:
+    names = [case["case"] for case in TABLE["cases"]]
+    assert len(names) == len(set(names)) > 40
