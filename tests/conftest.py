@@ -1,5 +1,6 @@
 """Fixtures that cost a trace are made once per session; everything else is made where it is used."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from support.servers import Server, bca_serve, put_stand_in, tritonserver
 
 import bca_deploy
 from bca_deploy.bundle.read import Bundle
+
+# A suite that was started in the background of a shell script, or by nohup, inherits that ctrl-C is ignored, and so would
+# every command that it runs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every day, and none of them timed: a failure must be the change's, not the day's or the machine's.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -34,7 +34,3 @@ def __getattr__(name: str) -> object:
     from bca_deploy.cli import commands
 
     return getattr(commands, name)
-
-
-if __name__ == "__main__":
-    main()

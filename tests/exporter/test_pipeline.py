@@ -14,8 +14,10 @@ import bca_deploy
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BundleError, CheckpointError, InputError, LoweringError, ParityError
 from bca_deploy.exporter import pipeline
+from bca_deploy.exporter.plan import load_checkpoint, make_plan
 from bca_deploy.exporter.recipe import Recipe, read_recipe
 from bca_deploy.layers import lowered_attention
+from bca_deploy.progress import Silent
 
 
 def run_model(bundle: Bundle, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
@@ -78,11 +80,11 @@ def test_wrong_heads_are_caught_by_the_user_s_sample(tmp_path: Path) -> None:
         out, context_out = right.module(torch.float32)(**{name: torch.from_numpy(a) for name, a in inputs.items()})
     sample = inputs | {"out": out.numpy(), "context_out": context_out.numpy()}
     recipe = read_recipe(None, {"inputs": {"mask": False, "context_mask": False}})
-    assert pipeline.make_plan(recipe, right, tmp_path / "m", expected=sample).expected
+    assert make_plan(recipe, right, tmp_path / "m", expected=sample).expected
     from bca_deploy.layers.checkpoint import from_state
 
     with pytest.raises(ParityError, match="check --heads"):
-        pipeline.make_plan(recipe, from_state(right.state, heads=6), tmp_path / "m", expected=sample)
+        make_plan(recipe, from_state(right.state, heads=6), tmp_path / "m", expected=sample)
 
 
 def test_a_sample_with_an_input_that_the_export_lacks_is_refused(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_sample_with_an_input_that_the_export_lacks_is_refused(tmp_path: Path)
     }
     recipe = read_recipe(None, {"inputs": {"mask": False}})
     with pytest.raises(InputError, match="the sample has mask, but the export has no such input"):
-        pipeline.make_plan(recipe, make_checkpoint(), tmp_path / "m", expected=sample | {"mask": np.ones((1, 2), bool)})
+        make_plan(recipe, make_checkpoint(), tmp_path / "m", expected=sample | {"mask": np.ones((1, 2), bool)})
 
 
 def test_fused_with_attention_maps_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_fused_with_attention_maps_is_refused_before_any_work(tmp_path: Path) ->
 def test_the_default_export_is_documented_and_seeded() -> None:
     spec = Recipe().layer.spec()
     assert (spec.dim, spec.context_dim, spec.heads, spec.dim_head, spec.prenorm, spec.norm) == (512, 386, 8, 64, True, "layer")
-    one, other = (pipeline.load_checkpoint(Recipe(), None, None) for _ in range(2))
+    one, other = (load_checkpoint(Recipe(), None, None) for _ in range(2))
     assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
 
 
@@ -113,7 +115,7 @@ def test_a_recipe_s_layer_must_agree_with_the_checkpoint(tmp_path: Path) -> None
     torch.save(checkpoint.state, tmp_path / "w.pt")
     recipe = read_recipe(None, {"layer": {"dim": 25}})
     with pytest.raises(InputError, match=r"layer\.dim is 25 in the recipe and 24 in the checkpoint"):
-        pipeline.load_checkpoint(recipe, tmp_path / "w.pt", heads=3)
+        load_checkpoint(recipe, tmp_path / "w.pt", heads=3)
 
 
 def test_a_recipe_s_layer_says_only_what_it_gives(tmp_path: Path) -> None:
@@ -121,32 +123,29 @@ def test_a_recipe_s_layer_says_only_what_it_gives(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(prenorm=True, norm="rms", depth=1, **sizes)
     torch.save(checkpoint.state, tmp_path / "w.pt")
     assert (
-        pipeline.load_checkpoint(
-            read_recipe(None, {"layer": {"depth": 1, "ff_expansion": 2.0}}), tmp_path / "w.pt", 3
-        ).spec.depth
-        == 1
+        load_checkpoint(read_recipe(None, {"layer": {"depth": 1, "ff_expansion": 2.0}}), tmp_path / "w.pt", 3).spec.depth == 1
     )
     with pytest.raises(InputError, match=r"layer\.ff_expansion is 4\.0 in the recipe and 2\.0 in the checkpoint"):
-        pipeline.load_checkpoint(read_recipe(None, {"layer": {"ff_expansion": 4.0}}), tmp_path / "w.pt", 3)
+        load_checkpoint(read_recipe(None, {"layer": {"ff_expansion": 4.0}}), tmp_path / "w.pt", 3)
 
 
 def test_heads_given_by_flag_override_the_recipe(tmp_path: Path) -> None:
-    seeded = pipeline.load_checkpoint(Recipe(), None, heads=4).spec
+    seeded = load_checkpoint(Recipe(), None, heads=4).spec
     assert (seeded.heads, seeded.dim_head) == (4, 64)
     checkpoint = make_checkpoint()
     torch.save(checkpoint.state, tmp_path / "w.pt")
-    assert pipeline.load_checkpoint(read_recipe(None, {"layer": {"heads": 2}}), tmp_path / "w.pt", heads=6).spec.heads == 6
+    assert load_checkpoint(read_recipe(None, {"layer": {"heads": 2}}), tmp_path / "w.pt", heads=6).spec.heads == 6
 
 
 @pytest.mark.slow
 def test_failed_parity_leaves_no_bundle_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowered_attention, "_mean", lambda v: v[:1] * 0)
-    plan = pipeline.make_plan(Recipe(), make_checkpoint(), tmp_path / "m")
+    plan = make_plan(Recipe(), make_checkpoint(), tmp_path / "m")
     with pytest.raises(ParityError, match="the exported model is not the PyTorch layer"):
-        pipeline.run(plan, pipeline.Silent())
+        pipeline.run(plan, Silent())
     assert not list(tmp_path.iterdir())
     with pytest.raises(ParityError):
-        pipeline.run(plan, pipeline.Silent(), keep_failed=True)
+        pipeline.run(plan, Silent(), keep_failed=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m.failed"]
     assert not Bundle.open(tmp_path / "m.failed").manifest.models[0].parity.passed
 

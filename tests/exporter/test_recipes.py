@@ -6,7 +6,9 @@ import pytest
 
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.exporter import pipeline
+from bca_deploy.exporter.plan import load_checkpoint, make_plan
 from bca_deploy.exporter.recipe import read_recipe
+from bca_deploy.progress import Silent
 
 RECIPES = sorted((Path(__file__).parents[2] / "export" / "recipes").glob("*.toml"))
 
@@ -15,8 +17,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "export" / "recipes").glob("*.toml
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_exports_and_passes_parity(path: Path, tmp_path: Path) -> None:
     recipe = read_recipe(path)
-    checkpoint = pipeline.load_checkpoint(recipe, None, None)
-    verdicts = pipeline.run(pipeline.make_plan(recipe, checkpoint, tmp_path / "m"), pipeline.Silent())
+    checkpoint = load_checkpoint(recipe, None, None)
+    verdicts = pipeline.run(make_plan(recipe, checkpoint, tmp_path / "m"), Silent())
     assert [verdict.model for verdict in verdicts if "." not in verdict.model] == list(recipe.precision)
     with Bundle.open(tmp_path / "m") as bundle:
         assert all(model.parity.passed and model.parity.cases >= 40 for model in bundle.manifest.models)

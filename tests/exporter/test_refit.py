@@ -27,7 +27,7 @@ from bca_deploy.engines.build_log import BuildLog
 from bca_deploy.engines.builder_process import Facts, Request
 from bca_deploy.engines.compile import Built
 from bca_deploy.engines.gpus import Gpus
-from bca_deploy.engines.usable import engine_for
+from bca_deploy.engines.usable import engine_for, why_stale
 from bca_deploy.errors import BcaError, BundleError, EngineError, InputError
 from bca_deploy.exporter import models
 from bca_deploy.exporter import refit as refitting
@@ -164,7 +164,7 @@ def test_engines_of_every_precision_are_renewed(engined: Path, files: Path) -> N
             ("fp32", ("sm86",)),
         ]
         for entry in bundle.manifest.engines:
-            assert engines.why_stale(entry, bundle.manifest, entry.version, entry.targets[0]) is None
+            assert why_stale(entry, bundle.manifest, entry.version, entry.targets[0]) is None
         times = json.loads((engined / "build.json").read_text())["engines"]
     assert set(times) == {"engines/rtx-fp16.engine", "engines/rtx-fp32.engine"}
 

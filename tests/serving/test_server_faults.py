@@ -216,7 +216,7 @@ def arrived(server: Server) -> float:
 
 
 def test_a_model_that_fails_is_500_with_the_reason_in_the_log_alone(exported: Bundle, tmp_path: Path) -> None:
-    broken = "from bca_deploy import session; session.Session.run_many = lambda *_: 1 / 0; "
+    broken = "from bca_deploy.session.session import Session; Session.run_many = lambda *_: 1 / 0; "
     program = (*BCA[:2], broken + BCA[2])
     body, headers = request(make(1, 4, 3))
     with bca_serve(exported.directory, tmp_path / "log", program=program) as server:

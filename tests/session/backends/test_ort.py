@@ -15,6 +15,7 @@ from support.requests import make
 from support.rounding import is_same
 
 import bca_deploy
+from bca_deploy import optional
 from bca_deploy.bundle.manifest import GpuEntry
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.gpus import Gpus
@@ -77,8 +78,9 @@ class Ort:
 
 @pytest.fixture
 def ort(monkeypatch: pytest.MonkeyPatch) -> Ort:
-    found, gpu = Ort(ort_backend.onnxruntime()), HostGpu("sm90")
-    monkeypatch.setattr(ort_backend, "onnxruntime", lambda: found)
+    found, gpu = Ort(optional.onnxruntime()), HostGpu("sm90")
+    for module in (optional, ort_backend):
+        monkeypatch.setattr(module, "onnxruntime", lambda: found)
     monkeypatch.setattr(ort_backend, "open_gpu", lambda: gpu)
     gpus = Gpus((GpuEntry(name="Double", compute_capability="sm90", driver="1"),), "13.0")
     monkeypatch.setattr(choice, "query", lambda: gpus)
