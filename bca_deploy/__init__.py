@@ -6,15 +6,29 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BcaError": "bca_deploy.errors:BcaError",
     "Bundle": "bca_deploy.bundle.read:Bundle",
+    "RemoteSession": "bca_deploy.serving.client:RemoteSession",
     "Session": "bca_deploy.session.session:Session",
     "build": "bca_deploy.exporter.build:build",
     "export": "bca_deploy.exporter.pipeline:export",
     "open": "bca_deploy.session.session:open_session",
+    "prometheus_collector": "bca_deploy.session.metrics:prometheus_collector",
     "refit": "bca_deploy.exporter.refit:refit",
     "verify": "bca_deploy.exporter.verify:verify",
 }
 
-__all__ = ["BcaError", "Bundle", "Session", "__version__", "build", "export", "open", "refit", "verify"]
+__all__ = [
+    "BcaError",
+    "Bundle",
+    "RemoteSession",
+    "Session",
+    "__version__",
+    "build",
+    "export",
+    "open",
+    "prometheus_collector",
+    "refit",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

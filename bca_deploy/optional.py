@@ -12,7 +12,24 @@ from bca_deploy.errors import MissingDependencyError
 
 def missing(package: str, extra: str) -> MissingDependencyError:
     """Return the error for an absent optional ``package`` that the given ``extra`` installs."""
-    return MissingDependencyError(f"{package} is not installed; run: pip install 'bca-deploy[{extra}]'")
+    return MissingDependencyError(f"{package} is not installed; run: {pip_command(extra)}")
+
+
+def pip_command(extra: str) -> str:
+    """Return the command that installs what an extra brings."""
+    return f"pip install 'bca-deploy[{extra}]'"
+
+
+def load(module: str, package: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        MissingDependencyError: the package is not installed; the message holds the pip command.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise missing(package, extra) from error
 
 
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -24,11 +41,8 @@ def onnxruntime() -> Any:
     Raises:
         MissingDependencyError: it is not installed; the message holds the pip command.
     """
-    try:
-        with _unreported():
-            return import_module("onnxruntime")
-    except ImportError:
-        raise missing("onnxruntime", "cpu") from None
+    with _unreported():
+        return load("onnxruntime", "onnxruntime", "cpu")
 
 
 @contextlib.contextmanager

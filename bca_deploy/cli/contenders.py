@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from bca_deploy import optional
 from bca_deploy.bundle.manifest import Manifest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError
-from bca_deploy.optional import missing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,10 +94,7 @@ def _onnxruntime(path: Path, threads: int, feeds: Feeds) -> Callable[[], object]
 
 
 def _openvino(path: Path, threads: int, feeds: Feeds) -> Callable[[], object]:
-    try:
-        import openvino
-    except ImportError:
-        raise missing("openvino", "bench") from None
+    openvino = optional.load("openvino", "openvino", "bench")
     hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(str(path), "CPU", hints).create_infer_request()
     return lambda: request.infer(dict(feeds))

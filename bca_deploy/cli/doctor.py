@@ -10,7 +10,7 @@ from typing import Any
 from bca_deploy.engines import libraries
 from bca_deploy.engines.gpus import Gpus, query
 from bca_deploy.errors import MissingDependencyError
-from bca_deploy.optional import onnxruntime
+from bca_deploy.optional import onnxruntime, pip_command
 from bca_deploy.spec import EngineLibrary
 
 
@@ -54,7 +54,7 @@ def _package(name: str, extra: str, enables: str, detail: Any = None) -> Finding
         module = import_module(name.replace("-", "."))
         found = f"{version(name)}{detail(module) if detail else ''}"
     except (ImportError, OSError, PackageNotFoundError):
-        return Finding(name, False, "", enables, f"pip install 'bca-deploy[{extra}]'")
+        return Finding(name, False, "", enables, pip_command(extra))
     return Finding(name, True, found, enables)
 
 
@@ -68,7 +68,7 @@ def _onnxruntime(gpus: Gpus) -> Finding:
         ort = onnxruntime()
     except (ImportError, OSError):
         extra = "gpu" if gpus.found else "cpu"
-        return Finding("onnxruntime", False, "", enables, f"pip install 'bca-deploy[{extra}]'")
+        return Finding("onnxruntime", False, "", enables, pip_command(extra))
     names = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     lacks = gpus.found and "CUDA" not in names
     fix = "pip uninstall -y onnxruntime && pip install 'bca-deploy[gpu]'" if lacks else ""

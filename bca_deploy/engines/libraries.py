@@ -6,6 +6,7 @@ from types import ModuleType
 
 from bca_deploy.bundle.manifest import DType
 from bca_deploy.errors import InputError, MissingDependencyError, nearest
+from bca_deploy.optional import missing
 from bca_deploy.spec import EngineLibrary, Precision
 
 #: Targets that TensorRT-RTX 1.7.1 refuses for a precision: Turing has no bfloat16, and gets no float32 products.
@@ -83,7 +84,7 @@ def load(name: EngineLibrary) -> ModuleType:
 
 
 def _absent(library: Library) -> MissingDependencyError:
-    return MissingDependencyError(f"{library.module} is not installed; run: pip install 'bca-deploy[{library.name}]'")
+    return missing(library.module, library.name)
 
 
 def check_targets(library: Library, targets: tuple[str, ...], precision: Precision) -> tuple[str, ...]:

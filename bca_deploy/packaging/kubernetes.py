@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bca_deploy import __version__
+from bca_deploy import __version__, optional
 from bca_deploy.errors import InputError
-from bca_deploy.optional import missing
 
 #: Tag of NVIDIA's image of Triton, by month.
 TRITON_IMAGE = "26.08-py3"
@@ -119,10 +118,7 @@ def write_kserve(target: Path, options: Options) -> None:
     Raises:
         MissingDependencyError: PyYAML is not installed.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise missing("pyyaml", "package") from None
+    yaml = optional.load("yaml", "pyyaml", "package")
     text = yaml.safe_dump(inference_service(options), sort_keys=False)
     target.write_text(text, encoding="utf-8")
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from bca_deploy import optional
 from bca_deploy.bundle.manifest import EngineEntry, TensorEntry
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.profiles import hull, shapes
 from bca_deploy.engines.usable import why_stale
 from bca_deploy.errors import EngineError, InputError, check_one_of
-from bca_deploy.optional import missing
 from bca_deploy.serving.protocol import DATATYPE, described
 from bca_deploy.spec import Dims
 
@@ -232,8 +232,4 @@ def _save(directory: Path, config: Any) -> None:
 
 
 def _messages() -> Any:
-    try:
-        from tritonclient.grpc import model_config_pb2
-    except ImportError:
-        raise missing("tritonclient", "package") from None
-    return model_config_pb2
+    return optional.load("tritonclient.grpc.model_config_pb2", "tritonclient", "package")

@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from bca_deploy import optional
 from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import BcaError, InputError, ServerError
 from bca_deploy.forks import Home
-from bca_deploy.optional import missing
 from bca_deploy.serving.protocol import DATATYPE, NUMPY
 from bca_deploy.session import arrays
 from bca_deploy.session.contract import Contract, Pair
@@ -250,9 +250,7 @@ def _check_certificates(file: str | Path | None) -> None:
 
 def _library() -> Any:
     try:
-        import tritonclient.grpc
-    except ImportError:
-        raise missing("tritonclient", "client") from None
+        return optional.load("tritonclient.grpc", "tritonclient", "client")
     except TypeError as error:
         if "duplicate symbol" not in str(error):
             raise
@@ -260,7 +258,6 @@ def _library() -> Any:
             "this process has imported another package with protobuf messages of tritonclient's names, such as kserve; "
             "call the server from another process, for another order of the imports does not help"
         ) from None
-    return tritonclient.grpc
 
 
 def _channel(attempts: int) -> list[tuple[str, Any]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from bca_deploy import optional
 from bca_deploy.forks import ForkLock
-from bca_deploy.optional import missing
 
 #: Upper bounds of the latency histogram in milliseconds, a factor of about two apart; the last bucket is open.
 BOUNDS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
@@ -101,22 +101,18 @@ def prometheus_collector(session: Any, labels: dict[str, str] | None = None) -> 
     Raises:
         MissingDependencyError: prometheus_client is not installed.
     """
-    try:
-        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-    except ImportError:
-        raise missing("prometheus_client", "metrics") from None
-
+    core = optional.load("prometheus_client.core", "prometheus_client", "metrics")
     names, values = list(labels or {}), list((labels or {}).values())
 
     class Collector:
         def collect(self) -> Any:
             found = session.metrics()
             for name in ("calls", "failures", "pairs", "rows", "padded_rows"):
-                counter = CounterMetricFamily(f"bca_session_{name}", f"{name} of a bca_deploy session", labels=names)
+                counter = core.CounterMetricFamily(f"bca_session_{name}", f"{name} of a bca_deploy session", labels=names)
                 counter.add_metric(values, getattr(found, name))
                 yield counter
             buckets = cumulative([bound / 1e3 for bound in BOUNDS_MS], found.histogram)
-            histogram = HistogramMetricFamily("bca_session_seconds", "seconds of a call", labels=names)
+            histogram = core.HistogramMetricFamily("bca_session_seconds", "seconds of a call", labels=names)
             histogram.add_metric(values, buckets, found.seconds)
             yield histogram
 
