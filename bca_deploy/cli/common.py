@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -114,6 +115,20 @@ def need(module: str) -> Any:
             return import_module(f"bca_deploy.{module}")
     except ModuleNotFoundError as error:
         raise missing(error.name or "a package", "export") from error
+
+
+def read_settings(texts: list[str], table: str) -> dict[str, Any]:
+    """Read ``TABLE.KEY=VALUE``, the value as in a recipe, where a word needs no quotes; errors as for every flag."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name.split(".")[:-1] != [table] or name.endswith("."):
+            raise InputError(f"--set {text!r}: give {table}.KEY=VALUE, such as {table}.tf32=true")
+        try:
+            found[name.removeprefix(f"{table}.")] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name.removeprefix(f"{table}.")] = value
+    return found
 
 
 def read_range(text: str | None) -> dict[str, int] | None:

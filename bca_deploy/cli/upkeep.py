@@ -17,6 +17,7 @@ from bca_deploy.cli.common import (
     guarded,
     need,
     read_profile,
+    read_settings,
     show_engines,
 )
 
@@ -32,32 +33,12 @@ def build_command(  # noqa: PLR0913  (one parameter per option)
     ] = None,
     profile: ProfileFlag = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe with [engine] and [[profile]].")] = None,
-    workspace_mib: Annotated[int | None, typer.Option(help="Most scratch memory the engine may need, in MiB.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="How hard the builder tries, 0 to 5.")] = None,
-    aux_streams: Annotated[
-        int | None,
-        typer.Option(help="Streams besides the main one: more overlap for more memory. [default: 0]"),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="engine.KEY=VALUE", help="Any key of [engine], such as engine.tf32=true; again for more."
+        ),
     ] = None,
-    layer_names: Annotated[
-        Literal["detailed", "names", "none"] | None,
-        typer.Option(help="What the engine tells about its layers. [default: detailed]"),
-    ] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: file of measured timings, made if absent.")] = None,
-    version_compatible: Annotated[
-        bool | None,
-        typer.Option("--version-compatible/--same-version", help="tensorrt: also loads in later versions."),
-    ] = None,
-    hardware_compatibility: Annotated[
-        Literal["none", "ampere_plus", "same_compute_capability"] | None,
-        typer.Option(help="tensorrt: which other GPUs may run it. [default: none]"),
-    ] = None,
-    strip_weights: Annotated[
-        bool | None,
-        typer.Option("--strip-weights/--keep-weights", help="tensorrt: leave the weights out."),
-    ] = None,
-    refittable: Annotated[bool | None, typer.Option("--refittable/--fixed", help="tensorrt: takes new weights.")] = None,
-    tf32: Annotated[bool | None, typer.Option("--tf32/--no-tf32", help="Let fp32 products round to TF32.")] = None,
-    time_limit_s: Annotated[float | None, typer.Option(help="Stop the builder after this many seconds.")] = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
@@ -69,22 +50,8 @@ def build_command(  # noqa: PLR0913  (one parameter per option)
         from bca_deploy.cli import console
         from bca_deploy.exporter.recipe import read_recipe
 
-        options = {
-            "library": engine,
-            "targets": tuple(target) if target else None,
-            "precision": precision,
-            "workspace_mib": workspace_mib,
-            "optimization_level": optimization_level,
-            "aux_streams": aux_streams,
-            "layer_names": layer_names,
-            "timing_cache": timing_cache,
-            "version_compatible": version_compatible,
-            "hardware_compatibility": hardware_compatibility,
-            "strip_weights": strip_weights,
-            "refittable": refittable,
-            "tf32": tf32,
-            "time_limit_s": time_limit_s,
-        }
+        options = {"library": engine, "targets": tuple(target) if target else None, "precision": precision}
+        options |= read_settings(settings or [], "engine")
         asked = read_recipe(recipe, {"engine": options, "profile": tuple(map(read_profile, profile)) if profile else None})
         building = need("exporter.build")
         with console.progress() as progress:

@@ -1,5 +1,6 @@
 """Which engine of a bundle may run here; a stale one is refused with the command that rebuilds it."""
 
+import json
 import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,14 +60,13 @@ def rebuild_command(entry: EngineEntry, bundle: Path | str) -> str:
 
 
 def _option_flags(options: EngineTable) -> list[str]:
-    """Return the flags of what differs from the defaults; library, targets and precision have theirs already."""
+    """Return what differs from the defaults as ``--set``; library, targets and precision have flags of their own."""
     default = EngineTable(library=options.library)
     flags = []
     for name in sorted(set(EngineTable.model_fields) - {"library", "targets", "precision"}):
         value = getattr(options, name)
         if value != getattr(default, name):
-            flag = f"--{name.replace('_', '-')}"
-            flags += [flag] if value is True else [flag, str(value)]
+            flags += ["--set", f"engine.{name}={json.dumps(value) if isinstance(value, bool) else value}"]
     return flags
 
 

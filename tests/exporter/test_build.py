@@ -403,13 +403,22 @@ def test_the_reference_lowering_compiles_too(tmp_path: Path, changes: dict[str, 
         (["--precision", "bf16", "--target", "sm75"], r"bf16 with target sm75: .*no bf16 products .*use fp16 there"),
         (["--profile", "batch=1:1:9"], r"profile 1: batch 1 to 9 is outside the bundle's 1 to 8; narrow .*--batch 1:1:9"),
         (["--profile", "batch=1", "--profile", "batch=1"], r"two optimization profiles are the same; leave one of them out"),
-        (["--refittable"], r"engine\.refittable with --engine rtx: .*use --engine tensorrt on the GPU, or rebuild"),
-        (["--strip-weights"], r"engine\.strip_weights with --engine rtx: "),
-        (["--timing-cache", "cache"], r"engine\.timing_cache with --engine rtx: .*leave the timing cache out"),
-        (["--version-compatible"], r"engine\.version_compatible with --engine rtx: "),
-        (["--hardware-compatibility", "ampere_plus"], r"engine\.hardware_compatibility with --engine rtx: .*--target"),
-        (["--optimization-level", "9"], r"engine\.optimization_level: .*less than or equal to 5 \(got 9\)"),
-        (["--time-limit-s", "0"], r"engine\.time_limit_s: .*greater than 0 \(got 0\.0\)"),
+        (
+            ["--set", "engine.refittable=true"],
+            r"engine\.refittable with --engine rtx: .*--engine tensorrt on the GPU, or rebuild",
+        ),
+        (["--set", "engine.strip_weights=true"], r"engine\.strip_weights with --engine rtx: "),
+        (["--set", "engine.timing_cache=cache"], r"engine\.timing_cache with --engine rtx: .*leave the timing cache out"),
+        (["--set", "engine.version_compatible=true"], r"engine\.version_compatible with --engine rtx: "),
+        (
+            ["--set", "engine.hardware_compatibility=ampere_plus"],
+            r"engine\.hardware_compatibility with --engine rtx: .*target",
+        ),
+        (["--set", "engine.optimization_level=9"], r"engine\.optimization_level: .*less than or equal to 5 \(got 9\)"),
+        (["--set", "engine.time_limit_s=0"], r"engine\.time_limit_s: .*greater than 0 \(got 0\)"),
+        (["--set", "engine.tf23=true"], r"unknown key engine\.tf23 \(did you mean 'tf32'\?\)"),
+        (["--set", "tf32=true"], r"--set 'tf32=true': give engine\.KEY=VALUE, such as engine\.tf32=true"),
+        (["--set", "engine.tf32"], r"--set 'engine\.tf32': give engine\.KEY=VALUE"),
         (["--profile", "bach=1"], r"'bach' is no dimension \(did you mean 'batch'\?\)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -519,7 +528,7 @@ def test_a_build_that_is_interrupted_or_has_no_room_leaves_the_bundle_as_it_was(
 def test_a_build_over_its_time_limit_leaves_the_bundle_as_it_was(copy: Path) -> None:
     with untouched(copy.parent):
         refused(
-            bca("build", copy, "--engine", "rtx", "--time-limit-s", "0.05"),
+            bca("build", copy, "--engine", "rtx", "--set", "engine.time_limit_s=0.05"),
             r"longer than 0\.05 s, at .*; raise engine\.time_limit_s",
         )
 
