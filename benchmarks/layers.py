@@ -99,4 +99,5 @@ def graphs(structure: Structure, precision: Precision) -> list[Graph]:
 def _trace(structure: Structure, precision: Precision, runtime: Runtime) -> ir.Model:
     masked = structure.interface.masked
     lowered = lower(structure.weights(0), structure.lowering, precision, True, runtime=runtime, masked=masked)
-    return trace(lowered, structure.spec, structure.interface, 17, runtime=runtime)
+    opset = 22 if precision == "bf16" else 17  # the first with a Conv in bfloat16
+    return trace(lowered, structure.spec, structure.interface, opset, runtime=runtime)

@@ -17,7 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from bca_deploy.errors import ExportError, InputError, first_line
 from bca_deploy.layers.isolation import exporter_alone
 from bca_deploy.layers.lowered_model import LoweredModel
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec, Runtime
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec, Precision, Runtime
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
@@ -26,6 +26,8 @@ OPSETS = range(17, 28)
 _TRACE_SIZES = {"batch": 3, "x_len": 6, "context_len": 5}
 
 
+# The first opset whose Conv takes bfloat16; https://onnx.ai/onnx/operators/onnx__Conv.html
+_CONV_BF16 = 22
 _DOMAINS: dict[Runtime, set[str]] = {"portable": {""}, "onnxruntime-cpu": {"", "com.microsoft"}}
 
 
@@ -38,6 +40,19 @@ def check_opset(opset: int) -> int:
     if opset not in OPSETS:
         raise InputError(f"opset {opset} cannot be exported; allowed: {OPSETS.start} to {OPSETS.stop - 1} (17 is the default)")
     return opset
+
+
+def check_precision(precision: Precision, opset: int, spec: LayerSpec) -> None:
+    """Refuse a precision that the operators of an opset do not take: talking heads are a Conv, bfloat16 from opset 22 on.
+
+    Raises:
+        InputError: with the opset that does.
+    """
+    if precision == "bf16" and spec.talking_heads and opset < _CONV_BF16:
+        raise InputError(
+            f"precision bf16 with talking heads at opset {opset}: ONNX's Conv takes bfloat16 from opset {_CONV_BF16} on; "
+            f"export with --opset {_CONV_BF16} or higher, or in another precision"
+        )
 
 
 def trace(

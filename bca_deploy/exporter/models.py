@@ -21,7 +21,7 @@ from bca_deploy.bundle.manifest import (
 )
 from bca_deploy.bundle.write import seal, write_json
 from bca_deploy.errors import ParityError
-from bca_deploy.exporter.graph import attach, trace, write
+from bca_deploy.exporter.graph import attach, check_precision, trace, write
 from bca_deploy.exporter.plan import Plan
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.isolation import plain_torch
@@ -41,8 +41,10 @@ def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precis
         The manifest with the model.
 
     Raises:
+        InputError: the bundle's opset does not take the precision.
         ParityError: the new model is not the same function.
     """
+    check_precision(precision, plan.recipe.opset, plan.checkpoint.spec)
     entry, verdict = make_model(plan, precision, "portable", directory, clock)
     refuse_failures([verdict])
     models = (*manifest.models, entry)

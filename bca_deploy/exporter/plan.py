@@ -21,7 +21,7 @@ from bca_deploy.bundle.manifest import (
 from bca_deploy.bundle.write import check_target
 from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
-from bca_deploy.exporter.graph import check_opset
+from bca_deploy.exporter.graph import check_opset, check_precision
 from bca_deploy.exporter.recipe import InputsTable, LayerTable, OutputsTable, Recipe
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.layers.lowered_model import choose
@@ -97,13 +97,16 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = F
     """Decide everything and refuse what cannot be done; writes nothing.
 
     Raises:
-        InputError: opset not on offer, a sample that does not fit, or an engine that cannot be built as asked.
+        InputError: opset not on offer, or not for the precision, a sample that does not fit, or an engine that cannot be
+            built as asked.
         LoweringError: the lowering is impossible for this layer.
         BundleError: ``out`` may not be written.
         ParityError: the sample is not what the layer computes.
         MissingDependencyError: onnxruntime is needed to judge the export and is not installed.
     """
     check_opset(recipe.opset)
+    for precision in recipe.precision:
+        check_precision(precision, recipe.opset, checkpoint.spec)
     lowering = choose(recipe.lowering, checkpoint.spec, recipe.interface)
     check_target(out, force)
     if set(recipe.precision) != {"bf16"}:
@@ -116,11 +119,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = F
             raise InputError("an optimization profile without an engine: give --engine rtx or --engine tensorrt as well")
         return Plan(recipe, checkpoint, lowering, out, force, expected or {})
     engine = engines.plan(recipe.engine, recipe.profile, recipe.dims, recipe.precision)
+    check_precision(engine.precision, recipe.opset, checkpoint.spec)
     recipe = recipe.model_copy(update={"precision": tuple(dict.fromkeys((*recipe.precision, engine.precision)))})
     return Plan(recipe, checkpoint, lowering, out, force, expected or {}, engine)
 
 
-def reopen(bundle: Bundle, force: bool = True) -> Plan:
+def reopen(bundle: Bundle) -> Plan:
     """Return the plan that would make this bundle again, from its manifest and weights."""
     manifest, first = bundle.manifest, bundle.manifest.models[0]
     recipe = Recipe(
@@ -135,7 +139,7 @@ def reopen(bundle: Bundle, force: bool = True) -> Plan:
     )
     checkpoint = checkpoint_of(bundle)
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
-    return Plan(recipe, checkpoint, first.lowering, bundle.directory, force, expected)
+    return Plan(recipe, checkpoint, first.lowering, bundle.directory, force=True, expected=expected)
 
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:

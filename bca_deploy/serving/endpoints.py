@@ -18,7 +18,6 @@ from starlette.requests import ClientDisconnect
 
 from bca_deploy.serving import protocol, protocol_rest
 from bca_deploy.serving.queue import Batcher
-from bca_deploy.session.contract import Contract
 from bca_deploy.session.session import Session
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -36,7 +35,6 @@ class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
     def __init__(self, name: str, session: Session, batcher: Batcher) -> None:
         super().__init__(name)
         self._session, self._batcher = session, batcher
-        self._contract = Contract(session.inputs, session.dims, session.profiles)
         self._outputs = [tensor.name for tensor in session.outputs]
         self.ready = True
 
@@ -47,9 +45,8 @@ class BundleModel(Model):  # type: ignore[misc]  # kserve has no types
     async def predict(self, payload: protocol.Request, headers: Any = None) -> protocol.Answer:
         """Check one request, wait for its turn, and return its outputs."""
         protocol.check_outputs(payload, self._outputs)
-        ready = self._contract.check(self._contract.bind((), payload.inputs), payload.cast)
-        results = await self._batcher.submit(tuple(ready[name] for name in self._contract.names))
-        return protocol.wanted(payload, dict(zip(self._outputs, results, strict=True)))
+        ready = self._session.prepare(payload.inputs, cast=payload.cast)
+        return protocol.wanted(payload, await self._batcher.submit(ready))
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """Return the inputs for the model's metadata; -1 is a size that varies."""

@@ -1,4 +1,4 @@
-"""The bounded queue in front of ``session.run_many``: requests that wait together run together."""
+"""The bounded queue in front of ``session.run_prepared``: requests that wait together run together."""
 
 import asyncio
 from bisect import bisect_left
@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bca_deploy.errors import BcaError
-from bca_deploy.session.contract import Pair
+from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import cumulative
 
 #: Upper bounds of the histogram of batch sizes.
 BOUNDS = (1, 2, 4, 8, 16, 32, 64)
 
-RunMany = Callable[[Sequence[Pair]], list[tuple[Any, ...]]]
+#: From checked requests to the outputs of each.
+Run = Callable[[Sequence[Prepared]], list[dict[str, Any]]]
 
 
 class BusyError(BcaError):
@@ -27,11 +28,11 @@ class Limits:
     """How requests are put together.
 
     Attributes:
-        max_batch: requests in one call of ``run_many``; None leaves it to the server, and counts as 1 here.
+        max_batch: requests in one call of ``run_prepared``; None leaves it to the server, and counts as 1 here.
         max_delay_ms: how long the first of them waits for more. At 0 a call takes what has come in during the one before,
             which is all a CPU needs; a GPU gains from a little patience.
         max_queue: requests that may wait; more are refused.
-        max_running: calls of ``run_many`` at once: one computes while the answers of another are written.
+        max_running: calls of ``run_prepared`` at once: one computes while the answers of another are written.
     """
 
     max_batch: int | None = None
@@ -58,8 +59,8 @@ class Counts:
 
 @dataclass(eq=False)
 class _Entry:
-    pair: Pair
-    result: asyncio.Future[tuple[Any, ...]]
+    ready: Prepared
+    result: asyncio.Future[dict[str, Any]]
     arrived: float  # by the event loop's clock
 
 
@@ -67,12 +68,12 @@ class Batcher:
     """Takes requests on the event loop, runs them on a few threads of its own.
 
     Args:
-        run_many: the session's; it spreads a batch over the cores by itself, and shares them with the other batches.
+        run: the session's ``run_prepared``; it spreads a batch over the cores, and shares them with the other batches.
         limits: how requests are put together.
     """
 
-    def __init__(self, run_many: RunMany, limits: Limits) -> None:
-        self._run_many, self._limits, self._max_batch = run_many, limits, limits.max_batch or 1
+    def __init__(self, run: Run, limits: Limits) -> None:
+        self._run_together, self._limits, self._max_batch = run, limits, limits.max_batch or 1
         self._waiting: deque[_Entry] = deque()
         self._arrived = asyncio.Event()
         self._room = asyncio.Semaphore(limits.max_running)
@@ -87,7 +88,7 @@ class Batcher:
         """Requests that wait."""
         return len(self._waiting)
 
-    async def submit(self, pair: Pair) -> tuple[Any, ...]:
+    async def submit(self, ready: Prepared) -> dict[str, Any]:
         """Return the outputs of one request. Cancelling the caller takes a waiting request out of the queue.
 
         Raises:
@@ -98,7 +99,7 @@ class Batcher:
             reason = "the server is stopping" if self._closing else f"{len(self._waiting)} requests are waiting"
             raise BusyError(f"{reason}, and the queue takes {self._limits.max_queue}; try again later, or on another replica")
         loop = asyncio.get_running_loop()
-        entry = _Entry(pair, loop.create_future(), loop.time())
+        entry = _Entry(ready, loop.create_future(), loop.time())
         self._waiting.append(entry)
         self._arrived.set()
         try:
@@ -168,7 +169,7 @@ class Batcher:
         """Run a batch, and return what went wrong with it."""
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._threads, self._run_many, [entry.pair for entry in batch])
+            results = await loop.run_in_executor(self._threads, self._run_together, [entry.ready for entry in batch])
             done = list(zip(batch, results, strict=True))
         except Exception as error:  # for whoever asked
             return error

@@ -143,7 +143,7 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
 
     size = options.max_body_bytes or largest_request(session)
     limits = replace(options.limits, max_batch=options.limits.max_batch or suitable_batch(session))
-    batcher, guard = Batcher(session.run_many, limits), guards.Guard(options.token)
+    batcher, guard = Batcher(session.run_prepared, limits), guards.Guard(options.token)
     plane = serving.plane_of(serving.BundleModel(options.name, session, batcher))
     rest = _rest(serving.Endpoints(plane, size, options.deadline_s), guard, options)
     grpc, grpc_port = await _start_grpc(serving.Servicer(plane, options.deadline_s), guards.GrpcGuard(guard), options, size)

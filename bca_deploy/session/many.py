@@ -16,10 +16,12 @@ from bca_deploy.session.contract import sizes_of
 from bca_deploy.session.padding import cut, grouped, stacked
 
 Array = NDArray[Any]
-#: The checked inputs of one pair, or its outputs, by name.
-Pair = dict[str, Array]
+#: The checked inputs of one request by name.
+Prepared = dict[str, Array]
+#: Its outputs.
+Outputs = dict[str, Array]
 #: Runs and times one call: a method of the backend, and the inputs.
-Timed = Callable[[Any, Mapping[str, Array]], Pair]
+Timed = Callable[[Any, Mapping[str, Array]], Outputs]
 
 #: Pairs with more rows than this keep all threads busy by themselves. Side by side against one after another, onnxruntime 1.32
 #: on 2 cores, dims 512/386: 1.17x at 2 x 128 rows, 1.13x at 2 x 256, 1.01x at 2 x 512.
@@ -107,10 +109,10 @@ class Many:
         self._timed, self._executor, self._count_padding = timed, executor, count_padding
         self._lock, self._running = ForkLock(), 0
 
-    def _sizes(self, ready: Sequence[Pair]) -> list[Size]:
+    def _sizes(self, ready: Sequence[Prepared]) -> list[Size]:
         return [Size(index, width=self._width, **sizes_of(one)) for index, one in enumerate(ready)]
 
-    def side_by_side(self, ready: list[Pair]) -> list[Pair]:
+    def side_by_side(self, ready: list[Prepared]) -> list[Outputs]:
         """Return the outputs of each pair: the large ones on all threads in turn, the others on one thread each.
 
         Calls that run at once share the threads.
@@ -124,9 +126,9 @@ class Many:
             with self._lock:
                 self._running -= 1
 
-    def _side_by_side(self, ready: list[Pair], workers: int) -> list[Pair]:
+    def _side_by_side(self, ready: list[Prepared], workers: int) -> list[Outputs]:
         together, alone = schedule(self._sizes(ready), workers)
-        outputs: dict[int, Pair] = {i: self._timed(self._backend.run, ready[i]) for i in together}
+        outputs: dict[int, Outputs] = {i: self._timed(self._backend.run, ready[i]) for i in together}
         waiting = deque(alone)
 
         def work() -> None:
@@ -149,14 +151,14 @@ class Many:
             raise errors[0]
         return [outputs[index] for index in range(len(ready))]
 
-    def padded(self, ready: list[Pair]) -> list[Pair]:
+    def padded(self, ready: list[Prepared]) -> list[Outputs]:
         """Return the outputs of each pair, run in padded batches.
 
         Raises:
             InputError: the model cannot be padded.
         """
         self._check_padding(ready)
-        outputs: list[Pair] = [{} for _ in ready]
+        outputs: list[Outputs] = [{} for _ in ready]
         sizes = self._sizes(ready)
         shapes = {size.index: (size.batch, size.x_len, size.context_len) for size in sizes}
         for group in grouped(shapes, self._backend.profiles or (self._backend.dims,)):
@@ -168,7 +170,7 @@ class Many:
                 outputs[index] = own
         return outputs
 
-    def _check_padding(self, ready: list[Pair]) -> None:
+    def _check_padding(self, ready: list[Prepared]) -> None:
         lengths = {(r["x"].shape[1], r["context"].shape[1]) for r in ready}
         names = {tensor.name for tensor in self._backend.inputs}
         if len(lengths) > 1 and not {"mask", "context_mask"} <= names:

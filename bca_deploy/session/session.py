@@ -5,7 +5,7 @@ import contextvars
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from bca_deploy.session.backends.backend import Backend, Explanation, Options
 from bca_deploy.session.backends.choice import choose
 from bca_deploy.session.backends.cuda import DeviceArray
 from bca_deploy.session.contract import Contract, Pair, numpy_dtype, shape_of, sizes_of
+from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.spec import Dims, Precision
 
@@ -177,12 +178,43 @@ class Session:
             InputError: naming the pair.
         """
         self._check_open()
-        check_one_of("policy", policy, get_args(Policy))
         given = [tuple(pair) for pair in pairs]
-        ready = [self._ready_pair(index, pair, cast) for index, pair in enumerate(given)]
-        pads = self._backend.pads if policy == "auto" else policy == "pad"
-        outputs = self._many.padded(ready) if pads else self._many.side_by_side(ready)
+        outputs = self.run_prepared([self._ready_pair(index, pair, cast) for index, pair in enumerate(given)], policy=policy)
         return [tuple(_back(one, pair).values()) for one, pair in zip(outputs, given, strict=True)]
+
+    def prepare(self, inputs: Mapping[str, Any], *, cast: bool = False) -> Prepared:
+        """Check one request now, to be run later by :meth:`run_prepared`, on any thread.
+
+        Args:
+            inputs: by name, on the CPU.
+            cast: as for calling the session.
+
+        Returns:
+            Every input as the model takes it; it shares the memory of what needed no cast.
+
+        Raises:
+            InputError: what is wrong with which input, and the way out; arrays on the GPU, too.
+        """
+        self._check_open()
+        return self._on_cpu(self._contract.bind((), inputs), cast)
+
+    def run_prepared(self, ready: Sequence[Prepared], *, policy: Policy = "auto") -> list[dict[str, Array]]:
+        """Run requests of different lengths that :meth:`prepare` has checked, as :meth:`run_many` does.
+
+        Args:
+            ready: from this session's :meth:`prepare`.
+            policy: ``alone`` or ``pad`` instead of what suits the backend.
+
+        Returns:
+            The outputs of each by name, in order.
+
+        Raises:
+            InputError: the policy is not known, or pads what cannot be padded.
+        """
+        self._check_open()
+        check_one_of("policy", policy, get_args(Policy))
+        pads = self._backend.pads if policy == "auto" else policy == "pad"
+        return self._many.padded(list(ready)) if pads else self._many.side_by_side(list(ready))
 
     async def run_async(self, *args: Any, cast: bool = False, **named: Any) -> tuple[Any, ...]:
         """Run the model without blocking the event loop; as for calling the session.
@@ -307,13 +339,16 @@ class Session:
         if self._closed:
             raise BcaError("the session is closed; open the bundle again")
 
-    def _ready_pair(self, index: int, pair: tuple[Any, ...], cast: bool) -> dict[str, Array]:
+    def _ready_pair(self, index: int, pair: tuple[Any, ...], cast: bool) -> Prepared:
         try:
-            ready = self._ready(self._contract.bind(pair, {}), cast)
-            if any(isinstance(array, DeviceArray) for array in ready.values()):
-                raise InputError("run_many takes arrays on the CPU; call the session for those on the GPU")
+            return self._on_cpu(self._contract.bind(pair, {}), cast)
         except InputError as error:
             raise InputError(f"pair {index}: {error}") from None
+
+    def _on_cpu(self, given: Mapping[str, Any], cast: bool) -> Prepared:
+        ready = self._ready(given, cast)
+        if any(isinstance(array, DeviceArray) for array in ready.values()):
+            raise InputError("requests that run together have their arrays on the CPU; call the session for those on the GPU")
         return ready  # type: ignore[return-value]  # those of the GPU are refused above
 
     def _timed(self, run: Any, ready: Mapping[str, Any]) -> Any:

@@ -190,3 +190,20 @@ def test_an_export_of_what_is_no_module_is_refused(tmp_path: Path, given: Any) -
     with pytest.raises(InputError, match=r"a torch\.nn\.Module is needed"):
         bca_deploy.export(given, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_talking_heads_are_refused_before_the_work_at_an_opset_without_them(tmp_path: Path) -> None:
+    mixed = make_checkpoint(talking_heads=True)
+    for opset, precision in ((17, "bf16"), (21, "bf16")):
+        recipe = read_recipe(None, {"opset": opset, "precision": [precision]})
+        with pytest.raises(InputError, match=rf"^precision bf16 with talking heads at opset {opset}: .*--opset 22 or higher"):
+            make_plan(recipe, mixed, tmp_path / "m")
+    assert make_plan(read_recipe(None, {"opset": 22, "precision": ["bf16"]}), mixed, tmp_path / "m")
+    assert make_plan(read_recipe(None, {"opset": 17, "precision": ["bf16"]}), make_checkpoint(), tmp_path / "m")
+
+
+@pytest.mark.slow
+def test_bfloat16_talking_heads_are_exported_at_the_opset_that_has_them(tmp_path: Path) -> None:
+    module = make_checkpoint(talking_heads=True).module(torch.float32)
+    with bca_deploy.export(module, tmp_path / "m", opset=22, precision=["bf16"]) as bundle:
+        assert bundle.manifest.models[0].parity.passed

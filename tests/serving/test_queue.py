@@ -15,14 +15,14 @@ HOUR_MS = 3_600_000.0
 
 
 class Model:
-    """A session's run_many that doubles numbers, holds on request, and remembers its batches."""
+    """A session's run_prepared that doubles numbers, holds on request, and remembers its batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def run_many(self, pairs: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def run_prepared(self, pairs: Sequence[Any]) -> list[tuple[Any, ...]]:
         self.batches.append([pair[0] for pair in pairs])
         assert self.gate.wait(PATIENCE_S)
         if any(pair[0] < 0 for pair in pairs):
@@ -33,7 +33,7 @@ class Model:
 def run(limits: Limits, scenario: Callable[[Model, Batcher], Any]) -> Any:
     async def main() -> Any:
         model = Model()
-        batcher = Batcher(model.run_many, limits)
+        batcher = Batcher(model.run_prepared, limits)
         try:
             async with asyncio.timeout(PATIENCE_S):
                 return await scenario(model, batcher)

@@ -192,15 +192,15 @@ def test_sizes_that_fit_no_profile_of_an_engine_are_refused_before_they_wait(exp
     # In a process of its own, since KServe's protobuf messages and tritonclient's have the same names.
     script = f"""
 import asyncio
-from types import SimpleNamespace
 import numpy as np
 import bca_deploy
 from bca_deploy.serving.endpoints import BundleModel
+from bca_deploy.session.contract import Contract
 from bca_deploy.spec import DimRange, Dims
 from bca_deploy.serving.protocol import Request
 short, long = (Dims(DimRange(1, 1, 8), DimRange(*r), DimRange(*r)) for r in ((1, 64, 128), (129, 512, 2048)))
-with bca_deploy.open({str(exported.directory)!r}) as opened:
-    session = SimpleNamespace(inputs=opened.inputs, outputs=opened.outputs, dims=opened.dims, profiles=(short, long))
+session = bca_deploy.open({str(exported.directory)!r})
+session._contract = Contract(session.inputs, session.dims, (short, long))
 inputs = dict(x=np.zeros((1, 4, 24), np.float32), context=np.zeros((1, 200, 16), np.float32))
 asyncio.run(BundleModel("bca", session, None).predict(Request(inputs)))
 """

@@ -215,8 +215,26 @@ def arrived(server: Server) -> float:
     return found["bca_batch_size_sum"] + found["bca_queue_depth"]
 
 
+def test_a_request_is_checked_once(exported: Bundle, tmp_path: Path) -> None:
+    seen = tmp_path / "checks"
+    counting = f"""
+from bca_deploy.session.contract import Contract
+check = Contract.check
+def counted(*args, **options):
+    with open({str(seen)!r}, "a") as file:
+        file.write("checked\\n")
+    return check(*args, **options)
+Contract.check = counted
+"""
+    body, headers = request(make(1, 4, 3))
+    with bca_serve(exported.directory, tmp_path / "log", program=(*BCA[:2], counting + BCA[2])) as server:
+        before = len(seen.read_text().splitlines()) if seen.exists() else 0  # of the warm-up
+        server.post(INFER, content=body, headers=headers).raise_for_status()
+        assert len(seen.read_text().splitlines()) == before + 1
+
+
 def test_a_model_that_fails_is_500_with_the_reason_in_the_log_alone(exported: Bundle, tmp_path: Path) -> None:
-    broken = "from bca_deploy.session.session import Session; Session.run_many = lambda *_: 1 / 0; "
+    broken = "from bca_deploy.session.session import Session; Session.run_prepared = lambda *_: 1 / 0; "
     program = (*BCA[:2], broken + BCA[2])
     body, headers = request(make(1, 4, 3))
     with bca_serve(exported.directory, tmp_path / "log", program=program) as server:

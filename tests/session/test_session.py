@@ -224,6 +224,23 @@ def test_sixteen_threads_of_different_shapes_never_mix_results(session: Session)
         list(pool.map(work, range(16)))
 
 
+def test_prepared_requests_run_together_as_each_would_alone(session: Session) -> None:
+    given = [make(1, 7, 5, seed=1), make(2, 3, 4, seed=2, masked=False)]
+    ready = [session.prepare(inputs) for inputs in given]
+    assert [set(one) for one in ready] == [{tensor.name for tensor in session.inputs}] * 2
+    assert ready[0]["x"] is given[0]["x"], "what fits is not copied"
+    for found, inputs in zip(session.run_prepared(ready), given, strict=True):
+        assert_same(found.values(), session.run(inputs).values())
+    assert session.run_prepared([]) == []
+
+
+def test_what_is_wrong_is_said_when_a_request_is_prepared(session: Session) -> None:
+    with pytest.raises(InputError, match=r"^input context is missing"):
+        session.prepare({"x": make(1, 7, 5)["x"]})
+    with pytest.raises(InputError, match=r"^policy 'together' is not known"):
+        session.run_prepared([], policy="together")  # type: ignore[arg-type]
+
+
 def test_async_calls_run_side_by_side_and_come_back_in_order(session: Session) -> None:
     requests = [make(1, 3 + n, 4) for n in range(8)]
 

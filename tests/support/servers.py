@@ -84,12 +84,12 @@ import os, time
 from bca_deploy.serving import server as serve
 from bca_deploy.session.session import Session
 serve.READING_S = 5.0  # clients on a busy machine are slow to read
-run_many = Session.run_many
+run_prepared = Session.run_prepared
 def held(*args, **options):
     while os.path.exists({str(_hold(log))!r}):
         time.sleep(0.002)
-    return run_many(*args, **options)
-Session.run_many = held
+    return run_prepared(*args, **options)
+Session.run_prepared = held
 """
     return (*BCA[:2], code + BCA[2])
 

@@ -242,7 +242,7 @@ def test_arrays_on_the_gpu_are_checked_like_others(session: Session) -> None:
         session(**inputs | {"mask": DeviceTensor(np.ones((2, 4), bool))})
     with pytest.raises(InputError, match=r"^input x has gaps between its elements; give a C-contiguous array$"):
         session(**inputs | {"x": DeviceTensor(np.zeros((2, 10, 24), np.float32)[:, ::2])})
-    with pytest.raises(InputError, match=r"^pair 1: run_many takes arrays on the CPU; call the session"):
+    with pytest.raises(InputError, match=r"^pair 1: requests that run together have their arrays on the CPU; call the session"):
         session.run_many([tuple(make(1, 3, 4).values()), tuple(inputs.values())])
 
 
