@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.bundles import contents, untouched
+from support.bundles import contents, plain_verdict, untouched
 from support.layers import make_checkpoint
 from support.servers import until
 from typer.testing import CliRunner, Result
@@ -293,8 +293,6 @@ def test_bf16_is_for_every_target_that_has_it(single: Path) -> None:
 def test_a_model_that_fails_parity_gets_no_engine_and_leaves_the_bundle_as_it_was(
     single: Path, no_builder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_cli import plain_verdict
-
     with Bundle.open(single) as bundle:
         entry = bundle.manifest.models[0]
     monkeypatch.setattr(models, "make_model", lambda *arguments: (entry, plain_verdict(failures=("wrong by 7",))))

@@ -154,11 +154,13 @@ def test_the_public_surface_is_what_the_readme_says() -> None:
     assert bca_deploy.__all__ == [
         "BcaError",
         "Bundle",
+        "RemoteSession",
         "Session",
         "__version__",
         "build",
         "export",
         "open",
+        "prometheus_collector",
         "refit",
         "verify",
     ]
