@@ -9,6 +9,8 @@ from typing import Any
 
 from bca_deploy.errors import MissingDependencyError
 
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
 
 def missing(package: str, extra: str) -> MissingDependencyError:
     """Return the error for an absent optional ``package`` that the given ``extra`` installs."""
@@ -30,9 +32,6 @@ def load(module: str, package: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise missing(package, extra) from error
-
-
-_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 def onnxruntime() -> Any:

@@ -5,15 +5,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bca_deploy.spec import (
-    DimRange,
-    EngineLibrary,
-    Precision,
-)
+from bca_deploy.spec import DimRange, EngineLibrary, Precision
 
 LayerNames = Literal["detailed", "names", "none"]
-
-
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 
 

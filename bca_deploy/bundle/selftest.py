@@ -5,15 +5,12 @@ precision, or bool), ``output`` (float64 truth), ``bound`` (the largest absolute
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.spec import Precision
-
-if TYPE_CHECKING:
-    pass
 
 Arrays = dict[str, NDArray[Any]]
 

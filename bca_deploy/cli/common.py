@@ -122,12 +122,13 @@ def read_settings(texts: list[str], table: str) -> dict[str, Any]:
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals or name.split(".")[:-1] != [table] or name.endswith("."):
+        where, _, key = name.rpartition(".")
+        if not (equals and key) or where != table:
             raise InputError(f"--set {text!r}: give {table}.KEY=VALUE, such as {table}.tf32=true")
         try:
-            found[name.removeprefix(f"{table}.")] = tomllib.loads(f"value = {value}")["value"]
+            found[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            found[name.removeprefix(f"{table}.")] = value
+            found[key] = value
     return found
 
 

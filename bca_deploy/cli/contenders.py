@@ -103,9 +103,9 @@ def _openvino(path: Path, threads: int, feeds: Feeds) -> Callable[[], object]:
 def _torch(name: Name, bundle: Bundle, threads: int, feeds: Feeds) -> Callable[[], object]:
     import torch
 
-    torch.set_num_threads(threads)
     from bca_deploy.exporter.plan import checkpoint_of
 
+    torch.set_num_threads(threads)
     layer = checkpoint_of(bundle).module(torch.float32)
     tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in feeds.items()}
     run: Callable[..., Any] = layer if name == "eager" else sdpa_form(layer)

@@ -69,12 +69,8 @@ def _process(request: Request, printed: Path) -> Iterator[tuple[subprocess.Popen
     reader, writer = os.pipe()
     with printed.open("wb") as sink:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "bca_deploy.engines.builder_process",
-            ],  # -P: nothing is imported from where the user happens to be
+            # -P: nothing is imported from where the user happens to be.
+            [sys.executable, "-P", "-m", "bca_deploy.engines.builder_process"],
             stdin=subprocess.PIPE,
             stdout=sink,
             stderr=subprocess.STDOUT,

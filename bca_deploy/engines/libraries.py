@@ -9,6 +9,8 @@ from bca_deploy.errors import InputError, MissingDependencyError, nearest
 from bca_deploy.optional import missing
 from bca_deploy.spec import EngineLibrary, Precision
 
+#: TensorRT's names of element types, as in ONNX and numpy.
+DTYPES: dict[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 #: Targets that TensorRT-RTX 1.7.1 refuses for a precision: Turing has no bfloat16, and gets no float32 products.
 _UNABLE: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp32": ("sm75",), "fp16": ()}
 
@@ -127,7 +129,3 @@ def _check_target(library: Library, target: str) -> None:
             f"target {target} ({chips}): TensorRT-RTX does not compile for it; use --engine tensorrt on that GPU; {allowed}"
         )
     raise InputError(f"target {target!r} is not known{nearest(target, library.targets)}; {allowed}")
-
-
-#: TensorRT's names of element types, as in ONNX and numpy.
-DTYPES: dict[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}

@@ -32,6 +32,9 @@ from bca_deploy.parity.verdict import Verdict, report, significant
 from bca_deploy.progress import Clock
 from bca_deploy.spec import Axis, Precision, Runtime
 
+# Whose versions the manifest keeps.
+_MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+
 
 @plain_torch()
 def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precision, clock: Clock) -> Manifest:
@@ -171,10 +174,6 @@ def package_version(package: str) -> str:
         except PackageNotFoundError:
             continue
     return "not installed"
-
-
-# Whose versions the manifest keeps.
-_MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
 def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, clock: Clock) -> Manifest:

@@ -1,26 +1,18 @@
 """Decide everything before the work begins: what can be refused is refused here, and nothing is written."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
-
-from bca_deploy.bundle.manifest import WEIGHTS_FILE, precisions
-from bca_deploy.bundle.read import Bundle
-from bca_deploy.errors import InputError
-
-if TYPE_CHECKING:
-    from bca_deploy.layers.checkpoint import Checkpoint
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
-from bca_deploy.bundle.manifest import (
-    EXPECT_FILE,
-)
+from bca_deploy.bundle.manifest import EXPECT_FILE, WEIGHTS_FILE, precisions
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import check_target
 from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
+from bca_deploy.errors import InputError
 from bca_deploy.exporter.graph import check_opset, check_precision
 from bca_deploy.exporter.recipe import InputsTable, LayerTable, OutputsTable, Recipe
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load, read

@@ -32,11 +32,7 @@ from bca_deploy.layers.lowered_model import DTYPES
 from bca_deploy.parity.cases import Case, Scope, Sharpness, matrix, round_to
 from bca_deploy.parity.runners import Runner, at_edges, ort_runner, sharpened_copy, strict_runner_of
 from bca_deploy.parity.trial import Trial
-from bca_deploy.parity.truth import (
-    ORDERS,
-    affordable_orders,
-    masks_of,
-)
+from bca_deploy.parity.truth import ORDERS, affordable_orders, masks_of
 from bca_deploy.parity.verdict import OWN_INPUTS, CaseResult, Group, Verdict, in_doubt, pool, problems
 from bca_deploy.parity.yardstick import Yardstick
 from bca_deploy.spec import Dims, Interface, Precision

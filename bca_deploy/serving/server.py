@@ -16,8 +16,9 @@ from typing import Any
 
 from bca_deploy.errors import InputError
 from bca_deploy.optional import missing
-from bca_deploy.serving.queue import Batcher, Limits
+from bca_deploy.serving.queue import Batcher, Limits, queue_collector
 from bca_deploy.session.contract import numpy_dtype, shape_of
+from bca_deploy.session.metrics import prometheus_collector
 from bca_deploy.session.session import Session, open_session
 from bca_deploy.spec import Precision
 
@@ -186,9 +187,6 @@ def _stop_signal() -> asyncio.Event:
 @contextlib.contextmanager
 def _collecting(session: Session, batcher: Batcher, guard: Any, name: str) -> Iterator[None]:
     from prometheus_client import REGISTRY
-
-    from bca_deploy.serving.queue import queue_collector
-    from bca_deploy.session.metrics import prometheus_collector
 
     collectors = [prometheus_collector(session, {"model": name}), queue_collector(batcher, guard.requests)]
     for collector in collectors:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 AnyArray: TypeAlias = "Array | DeviceArray"
+#: One request of ``run_many``: ``(x, context)``, or with masks ``(x, context, mask, context_mask)``.
+Pair = Sequence[Any]
 
 _OPTIONAL = ("mask", "context_mask")
 #: The mask that says what is padding along an axis.
@@ -226,7 +228,3 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes  # noqa: F401  (gives numpy the name)
     return np.dtype(name)
-
-
-#: One request of ``run_many``: ``(x, context)``, or with masks ``(x, context, mask, context_mask)``.
-Pair = Sequence[Any]

@@ -6,6 +6,7 @@ from bca_deploy.bundle.manifest import ModelEntry
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.gpus import query
 from bca_deploy.errors import BcaError, EngineError, InputError, check_one_of
+from bca_deploy.optional import providers
 from bca_deploy.session.backends.backend import NAMES, Backend, Explanation, Name, Options
 from bca_deploy.spec import EngineLibrary, Precision
 
@@ -66,8 +67,6 @@ def _tensorrt(bundle: Bundle, options: Options) -> Backend:
 
 
 def _need_provider(kind: str) -> None:
-    from bca_deploy.optional import providers
-
     if f"{kind}ExecutionProvider" not in providers():
         raise EngineError(f"this onnxruntime has no {kind} provider; run: pip install 'bca-deploy[gpu]' on the GPU machine")
     if not (gpus := query()).found:
