@@ -1,6 +1,7 @@
 """The parity matrix: which inputs a model is tried on. Plain numpy, and the same cases for the same question every time."""
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,8 +37,11 @@ _LENGTHS: dict[Scope, tuple[tuple[int, int], ...]] = {
     "quick": ((1, 1), (7, 5), (16, 16)),
     "full": ((1, 1), (1, 9), (7, 5), (33, 33), (96, 130)),
 }
-# Every way to be dead takes four rows; an ``opposed`` row has one logit per head, and only negative ones tell anything.
+# Every way to be dead takes four rows.
 _BATCHES: dict[Family, int] = {"dead rows": 4, "opposed": 8}
+# An ``opposed`` row has one logit per head, and only a negative one beside padding tells anything: that is one row in four of
+# two tokens. For each pair of lengths so many are drawn, in as many cases as it takes: all are silent once in 10,000 layers.
+_OPPOSED_LOGITS = 32
 # Squares of loud activations overflow float16; beside a variance of 1e-4 a wrong epsilon of the normalisation shows.
 _VOLUMES: dict[Family, float] = {"loud": 2500.0, "quiet": 0.01}
 _OPT_CAP: dict[Scope, int] = {"quick": 64, "full": 256}
@@ -120,11 +124,17 @@ def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, most
         )
 
     cases: dict[Case, None] = {}
-    for seed in itertools.count():
-        cases |= dict.fromkeys(_shrink(case, dims, fits) for case in _one_seed(spec, interface, dims, scope, seed))
-        if len(cases) >= LEAST_CASES[scope]:
-            break
-    return list(cases)
+    seeds = 0
+    while len(cases) < LEAST_CASES[scope]:
+        cases |= dict.fromkeys(_shrink(case, dims, fits) for case in _one_seed(spec, interface, dims, scope, seeds))
+        seeds += 1
+    later = [_one_seed(spec, interface, dims, scope, seed) for seed in range(seeds, _opposed_seeds(spec, dims))]
+    opposed = [case for case in itertools.chain(*later) if case.family == "opposed"]
+    return list(cases | dict.fromkeys(_shrink(case, dims, fits) for case in opposed))
+
+
+def _opposed_seeds(spec: LayerSpec, dims: Dims) -> int:
+    return math.ceil(_OPPOSED_LOGITS / (dims.batch.clip(_BATCHES["opposed"]) * spec.heads))
 
 
 def _one_seed(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, seed: int) -> Iterator[Case]:
