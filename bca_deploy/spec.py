@@ -1,10 +1,10 @@
-"""The layer, its interface and its named dimensions as plain data. Needs no torch: every stage and the manifest use it."""
+"""The layer and its interface as plain data, and the signature that they make. Needs no torch: every stage uses it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from bca_deploy.errors import InputError, check_one_of
+from bca_deploy.signature import Axis, DimRange, Dims, DType, Signature, Tensor
 
 Norm = Literal["layer", "rms"]
 Bias = Literal["none", "plane", "shared", "batch"]
@@ -12,7 +12,6 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Lowering = Literal["reference", "fused"]
 Runtime = Literal["portable", "onnxruntime-cpu"]
 EngineLibrary = Literal["rtx", "tensorrt"]
-Axis = str | int
 
 # Read by pydantic where these classes stand in a recipe or a manifest: an unknown key is an error.
 _STRICT = {"extra": "forbid"}
@@ -22,6 +21,10 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 #: Every input and every output that a model may have, in order.
 INPUT_NAMES = ("x", "context", "mask", "context_mask", "rel_pos_bias")
 OUTPUT_NAMES = ("out", "context_out", "attn", "context_attn")
+MASK_NAMES = ("mask", "context_mask")
+
+#: The element type of each precision.
+DTYPE_OF: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 #: Above this many bytes weights leave the .onnx file: protobuf cannot hold 2 GiB.
 EXTERNAL_DATA_BYTES = 2_000_000_000
@@ -144,73 +147,28 @@ class Interface:
         """Whether it has a mask at all."""
         return self.mask or self.context_mask
 
-    def inputs(self, spec: LayerSpec) -> dict[str, tuple[Axis, ...]]:
-        """Return each input's axes by name: an int is fixed, a str is a named dimension."""
-        pairs: tuple[Axis, ...] = ("x_len", "context_len")
-        biases: dict[Bias, tuple[Axis, ...]] = {
-            "plane": pairs,
-            "shared": (spec.heads, *pairs),
-            "batch": ("batch", spec.heads, *pairs),
-        }
-        axes: dict[str, tuple[Axis, ...]] = {
-            "x": ("batch", "x_len", spec.dim),
-            "context": ("batch", "context_len", spec.context_dim),
-        }
-        if self.mask:
-            axes["mask"] = ("batch", "x_len")
-        if self.context_mask:
-            axes["context_mask"] = ("batch", "context_len")
-        if self.rel_pos_bias != "none":
-            axes["rel_pos_bias"] = biases[self.rel_pos_bias]
-        return axes
 
-    def outputs(self, spec: LayerSpec) -> dict[str, tuple[Axis, ...]]:
-        """Return each output's axes by name, in the order of the model's outputs."""
-        maps: tuple[Axis, ...] = ("batch", spec.heads, "x_len", "context_len")
-        axes: dict[str, tuple[Axis, ...]] = {
-            "out": ("batch", "x_len", spec.dim),
-            "context_out": ("batch", "context_len", spec.context_dim),
-        }
-        return axes | ({"attn": maps, "context_attn": maps} if self.attention_maps else {})
+#: What a layer is exported for where nothing else is said.
+LAYER_DIMS = Dims(batch=DimRange(1, 4, 8), x_len=DimRange(1, 512, 2048), context_len=DimRange(1, 512, 2048))
 
 
-@dataclass(frozen=True)
-class DimRange:
-    """The sizes that one named dimension may take: the smallest, the one to tune for, the largest.
-
-    Raises:
-        InputError: unless ``1 <= min <= opt <= max``.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-
-    min: int
-    opt: int
-    max: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise InputError(f"dimension range min {self.min}, opt {self.opt}, max {self.max}: needs 1 <= min <= opt <= max")
-
-    def clip(self, size: int) -> int:
-        """Return the size in this range that is nearest to ``size``."""
-        return min(max(size, self.min), self.max)
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The three dynamic dimensions. The same name means the same size in every tensor of one call."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-
-    batch: DimRange = DimRange(1, 4, 8)
-    x_len: DimRange = DimRange(1, 512, 2048)
-    context_len: DimRange = DimRange(1, 512, 2048)
-
-    def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether every size, by the dimension's name, is in its range."""
-        return all(getattr(self, name).min <= size <= getattr(self, name).max for name, size in sizes.items())
-
-    def __str__(self) -> str:
-        """In words."""
-        return ", ".join(f"{name} {r.min} to {r.max}" for name, r in vars(self).items())
+def layer_signature(spec: LayerSpec, interface: Interface, dims: Dims = LAYER_DIMS) -> Signature:
+    """Return what a model of this layer takes and gives."""
+    pairs: tuple[Axis, ...] = ("x_len", "context_len")
+    maps: tuple[Axis, ...] = ("batch", spec.heads, *pairs)
+    biases: dict[Bias, tuple[Axis, ...]] = {"plane": pairs, "shared": maps[1:], "batch": maps}
+    masks = {str(dim): name for dim, name in zip(pairs, MASK_NAMES, strict=True) if getattr(interface, name)}
+    inputs = [
+        Tensor("x", "float32", ("batch", "x_len", spec.dim)),
+        Tensor("context", "float32", ("batch", "context_len", spec.context_dim)),
+        *(Tensor(name, "bool", ("batch", dim), fill=True) for dim, name in masks.items()),
+    ]
+    if interface.rel_pos_bias != "none":
+        inputs.append(Tensor("rel_pos_bias", "float32", biases[interface.rel_pos_bias]))
+    outputs = [
+        Tensor("out", "float32", ("batch", "x_len", spec.dim)),
+        Tensor("context_out", "float32", ("batch", "context_len", spec.context_dim)),
+    ]
+    if interface.attention_maps:
+        outputs += [Tensor(name, "float32", maps) for name in ("attn", "context_attn")]
+    return Signature(tuple(inputs), tuple(outputs), dims, "batch", masks)

@@ -73,7 +73,7 @@ def on_the_cpu(made: Structure) -> bool:
 
 def many(made: Structure) -> bool:
     """Whether there are several tokens on either side: softmax over one key is 1 whatever happens to the logits."""
-    return made.dims.x_len.max > 3 and made.dims.context_len.max > 3
+    return made.dims["x_len"].max > 3 and made.dims["context_len"].max > 3
 
 
 def masked(made: Structure) -> bool:

@@ -8,13 +8,13 @@ own; seconds are the median of five, that process included.
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from bca_deploy.bundle.engine_options import EngineTable
-from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.engines import build_log
 from bca_deploy.engines.builder_process import Request
 from bca_deploy.engines.compile import Built, compile_engine
@@ -24,7 +24,7 @@ from bca_deploy.exporter import graph
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.lowered_model import lower
 from bca_deploy.layers.reference import build
-from bca_deploy.spec import Bias, Dims, Interface, LayerSpec, Lowering, Precision
+from bca_deploy.spec import LAYER_DIMS, Bias, Interface, LayerSpec, Lowering, Precision, layer_signature
 
 LAYER = LayerSpec(dim=512, context_dim=386, heads=8, prenorm=True)
 
@@ -73,20 +73,17 @@ VARIANTS = (
 def write_model(variant: Variant, path: Path) -> int:
     """Write the ONNX file; return the bytes of its weights."""
     lowered = lower(from_module(build(variant.spec)), variant.lowering, variant.precision, variant.fp32_edges)
-    graph.write(graph.trace(lowered, variant.spec, variant.interface, 17), path)
+    graph.write(graph.trace(lowered, layer_signature(variant.spec, variant.interface), 17), path)
     return sum(tensor.nbytes for tensor in lowered.core.state_dict().values())
 
 
 def build_engine(variant: Variant, onnx: Path) -> Built:
-    inputs = [TensorEntry(name=n, dtype="bool", axes=axes) for n, axes in variant.interface.inputs(variant.spec).items()]
+    inputs = layer_signature(variant.spec, variant.interface).inputs
     request = Request(
         module="tensorrt_rtx",
         onnx=str(onnx),
         out=str(onnx.with_suffix(".engine")),
-        log="",
-        events=-1,
-        profiles=[{name: [list(s) for s in triple] for name, triple in shapes(Dims(), inputs).items()}],
-        static=False,
+        profiles=[{name: [list(s) for s in triple] for name, triple in shapes(LAYER_DIMS, inputs).items()}],
         targets=list(LIBRARIES["rtx"].targets) if variant.every_target else ["sm89"],
         options=EngineTable(library="rtx").model_dump(mode="json"),
     )
@@ -97,7 +94,7 @@ def measure(variant: Variant, directory: Path) -> dict[str, object]:
     onnx = directory / "model.onnx"
     weights = write_model(variant, onnx)
     runs = [build_engine(variant, onnx) for _ in range(5)]
-    largest = Dims().batch.max * Dims().x_len.max * Dims().context_len.max * variant.spec.heads
+    largest = math.prod(LAYER_DIMS.at("max").values()) * variant.spec.heads
     log = runs[0].log
     fused, evidence = build_log.judge_fusion(log, 2 * (variant.spec.depth or 1), largest * 2)
     return {

@@ -11,18 +11,19 @@ from bca_deploy.exporter.graph import trace
 from bca_deploy.layers.checkpoint import Checkpoint, from_module
 from bca_deploy.layers.lowered_model import choose, graph_state, has_cpu_form, lower
 from bca_deploy.layers.reference import build
-from bca_deploy.spec import DimRange, Dims, Interface, LayerSpec, Lowering, Precision, Runtime
+from bca_deploy.signature import DimRange, Dims
+from bca_deploy.spec import LAYER_DIMS, Interface, LayerSpec, Lowering, Precision, Runtime, layer_signature
 
 _ONE = DimRange(1, 1, 1)
 #: What the layers are exported for: the default, a few tokens a side, one token on one side or on both, one batch row.
 RANGES = (
-    Dims(),
-    Dims(DimRange(1, 2, 4), DimRange(2, 4, 8), DimRange(2, 4, 8)),
-    Dims(_ONE, DimRange(1, 2, 3), DimRange(1, 2, 3)),
-    Dims(DimRange(1, 2, 4), _ONE, DimRange(1, 16, 64)),
-    Dims(DimRange(1, 2, 4), DimRange(1, 16, 64), _ONE),
-    Dims(_ONE, DimRange(1, 8, 32), DimRange(1, 8, 32)),
-    Dims(_ONE, _ONE, _ONE),
+    LAYER_DIMS,
+    Dims(batch=DimRange(1, 2, 4), x_len=DimRange(2, 4, 8), context_len=DimRange(2, 4, 8)),
+    Dims(batch=_ONE, x_len=DimRange(1, 2, 3), context_len=DimRange(1, 2, 3)),
+    Dims(batch=DimRange(1, 2, 4), x_len=_ONE, context_len=DimRange(1, 16, 64)),
+    Dims(batch=DimRange(1, 2, 4), x_len=DimRange(1, 16, 64), context_len=_ONE),
+    Dims(batch=_ONE, x_len=DimRange(1, 8, 32), context_len=DimRange(1, 8, 32)),
+    Dims(batch=_ONE, x_len=_ONE, context_len=_ONE),
 )
 _WIDTHS = (8, 12, 16, 24, 48, 64, 96, 128, 130, 256, 512)
 
@@ -100,4 +101,4 @@ def _trace(structure: Structure, precision: Precision, runtime: Runtime) -> ir.M
     masked = structure.interface.masked
     lowered = lower(structure.weights(0), structure.lowering, precision, True, runtime=runtime, masked=masked)
     opset = 22 if precision == "bf16" else 17  # the first with a Conv in bfloat16
-    return trace(lowered, structure.spec, structure.interface, opset, runtime=runtime)
+    return trace(lowered, layer_signature(structure.spec, structure.interface), opset, runtime=runtime)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,12 @@ def test_the_chart_shows_the_figures_of_the_table(tmp_path: Path) -> None:
 
 
 def test_the_manifest_table_names_every_field() -> None:
-    from bca_deploy.bundle.manifest import Manifest, ModelEntry, ParityEntry, TensorEntry
+    from bca_deploy.bundle.engine_options import BuildOptions
+    from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest, ModelEntry, ParityEntry
+    from bca_deploy.signature import DimRange, Signature, Tensor
 
     section = page("docs/bundle-format.md").split("The manifest, field by field:")[1]
-    for model in (Manifest, ModelEntry, ParityEntry, TensorEntry):
+    for model in (Manifest, ModelEntry, ParityEntry, EngineEntry, GpuEntry, BuildOptions):
         assert [name for name in model.model_fields if f"`{name}" not in section] == []
+    for data in (Signature, Tensor, DimRange):
+        assert [field.name for field in fields(data) if f"`{field.name}" not in section] == []

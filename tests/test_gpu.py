@@ -14,7 +14,7 @@ from support.layers import make_checkpoint
 
 import bca_deploy
 from bca_deploy.bundle import selftest
-from bca_deploy.bundle.manifest import SELFTEST_FILE, WEIGHTS_FILE, EngineEntry
+from bca_deploy.bundle.manifest import SELFTEST_FILE, WEIGHTS_FILE, EngineEntry, signature_of_engine
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines import build as engines
 from bca_deploy.engines import libraries
@@ -103,7 +103,7 @@ def on_gpu(bundle: Bundle, entry: EngineEntry, scratch: Path) -> Runtimes:
         engine = bundle.path(entry.file)
         if onnx != own:
             engine = scratch / f"{onnx.stem}.engine"
-            request = engines._request(bundle.directory, model, wanted, entry.file)
+            request = engines._request(bundle.directory, bundle.manifest, model, wanted, entry.file)
             compile_engine(replace(request, onnx=str(onnx), out=str(engine)), 1800.0, lambda share: None)
         return {entry.library: engine_runner(engine, entry.library)}
 
@@ -116,7 +116,12 @@ def parity(path: Path, entry: EngineEntry, scratch: Path) -> Verdict:
         manifest, model = bundle.manifest, engines.model_of(bundle.manifest, entry.precision)
         checkpoint = Checkpoint(manifest.layer, read(bundle.path(WEIGHTS_FILE)))
         subject = Subject(
-            bundle.path(model.file), checkpoint, manifest.interface, manifest.dims, entry.precision, model.keep_io_types
+            bundle.path(model.file),
+            checkpoint,
+            manifest.interface,
+            manifest.signature.dims,
+            entry.precision,
+            model.keep_io_types,
         )
         return judge(subject, "quick", runtimes=on_gpu(bundle, entry, scratch))
 
@@ -142,7 +147,8 @@ def test_an_engine_with_float32_edges_is_right(tmp_path: Path, library: EngineLi
     module = make_checkpoint(**LAYER).module(torch.float32)
     bca_deploy.export(module, tmp_path / "bundle", precision="fp16", keep_io_types=True, dims=DIMS).close()
     entry = bca_deploy.build(tmp_path / "bundle", **wanted)
-    assert {tensor.dtype for tensor in entry.outputs} == {"float32"}
+    with Bundle.open(tmp_path / "bundle") as made:
+        assert {tensor.dtype for tensor in signature_of_engine(made.manifest, entry).outputs} == {"float32"}
     assert failures(tmp_path / "bundle", entry) == []
 
 

@@ -19,7 +19,7 @@ from bca_deploy.exporter.graph import trace, write
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import DTYPES, lower
 from bca_deploy.parity.runners import Runner, ort_runner, strict_runner_of
-from bca_deploy.spec import Bias, Interface, Lowering, Precision, Runtime
+from bca_deploy.spec import Bias, Interface, Lowering, Precision, Runtime, layer_signature
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -100,7 +100,9 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             made[key] = tmp_path_factory.mktemp("padding") / "model.onnx"
             checkpoint = sharp(layer)
             lowered = lower(checkpoint, lowering, precision, runtime=runtime)
-            write(trace(lowered, checkpoint.spec, Interface(rel_pos_bias=bias), 17, runtime=runtime), made[key])
+            write(
+                trace(lowered, layer_signature(checkpoint.spec, Interface(rel_pos_bias=bias)), 17, runtime=runtime), made[key]
+            )
         return made[key]
 
     return of

@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from bca_deploy.bundle.engine_options import EngineTable
-from bca_deploy.spec import Axis, Dims, EngineLibrary, Interface, LayerSpec, Lowering, Precision, Runtime
+from bca_deploy.bundle.engine_options import BuildOptions
+from bca_deploy.signature import Dims, Signature, hull
+from bca_deploy.spec import DTYPE_OF, EngineLibrary, Interface, LayerSpec, Lowering, Precision, Runtime
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -16,23 +17,12 @@ PARITY_FILE = "parity.json"
 BUILD_FILE = "build.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-DType = Literal["float32", "float16", "bfloat16", "bool"]
-#: The element type of a model's weights and products.
-DTYPE_OF: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 Evidence = Literal["log", "scratch", "unknown"]
 
 
 class _Model(BaseModel):
     # JSON has no Infinity: the ratio of a bundle that failed parity may be the string.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class TensorEntry(_Model):
-    """One input or output of a model."""
-
-    name: str = Field(description="name in the graph; look tensors up by it, never by position")
-    dtype: DType = Field(description="element type")
-    axes: tuple[Axis, ...] = Field(description="a number is a fixed size, a string one of the named dimensions in `dims`")
 
 
 class ParityEntry(_Model):
@@ -55,11 +45,11 @@ class ModelEntry(_Model):
     opset: int = Field(description="ai.onnx opset of the file")
     precision: Precision = Field(description="of weights and activations; norms and means over values are float32")
     lowering: Lowering = Field(description="form of the attention in the graph")
-    keep_io_types: bool = Field(description="whether the edges are float32 whatever the precision")
+    keep_io_types: bool = Field(
+        description="whether floating-point inputs and outputs are float32 whatever the precision, else they have its type"
+    )
     nodes: int = Field(description="nodes in the graph")
     external_data: str | None = Field(description="file that holds the weights, where they are outside the .onnx file")
-    inputs: tuple[TensorEntry, ...] = Field(description="all inputs, each of them required by the graph")
-    outputs: tuple[TensorEntry, ...] = Field(description="all outputs")
     parity: ParityEntry
 
 
@@ -84,15 +74,13 @@ class EngineEntry(_Model):
     gpu: GpuEntry | None = Field(description="the GPU it was built on and is for; none where it was built ahead of time")
     profiles: tuple[Dims, ...] = Field(min_length=1, description="the ranges of each optimization profile")
     static: bool = Field(description="whether every dimension is fixed, so that there is no profile to choose")
-    inputs: tuple[TensorEntry, ...] = Field(description="all inputs, with the dtype that the builder saw")
-    outputs: tuple[TensorEntry, ...] = Field(description="all outputs, likewise")
     matmuls: dict[str, int] = Field(description="matrix products in the network, by element type")
     weights: dict[str, int] = Field(description="values of the constants in the network, by element type")
     scratch_bytes: int | None = Field(description="device memory besides weights, inputs and outputs, at the largest shapes")
     weight_bytes: int | None = Field(description="device memory for weights")
     attentions_fused: bool | None = Field(description="whether every attention became one kernel; null where unknown")
     fusion_evidence: Evidence = Field(description="what that rests on: the log's layers, the scratch memory, or nothing")
-    options: EngineTable = Field(description="what it was built with; building with the same again refreshes it")
+    options: BuildOptions = Field(description="what it was built with; building with the same again refreshes it")
 
 
 class FileEntry(_Model):
@@ -107,8 +95,8 @@ class Manifest(_Model):
 
     format: Literal[1] = Field(description="bundle format; a reader refuses a newer one")
     layer: LayerSpec = Field(description="what was exported; enough to rebuild the PyTorch module")
-    interface: Interface = Field(description="which optional inputs and outputs the models have")
-    dims: Dims = Field(description="the named dimensions: smallest, optimal and largest size")
+    interface: Interface = Field(description="which optional inputs and outputs the layer has")
+    signature: Signature = Field(description="what every model takes and gives: tensors, dimensions and their ranges, masks")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="the ONNX files, the preferred one first")
     engines: tuple[EngineEntry, ...] = Field(description="compiled engines")
     versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
@@ -129,3 +117,14 @@ def precisions(manifest: Manifest) -> tuple[Precision, ...]:
 def model_of(manifest: Manifest, precision: Precision) -> ModelEntry:
     """Return the portable model of a precision; the caller made sure that there is one."""
     return next(m for m in manifest.models if m.precision == precision and m.runtime == "portable")
+
+
+def signature_of(manifest: Manifest, model: ModelEntry) -> Signature:
+    """Return what one model takes and gives, in its own element types."""
+    return manifest.signature if model.keep_io_types else manifest.signature.of_floats(DTYPE_OF[model.precision])
+
+
+def signature_of_engine(manifest: Manifest, engine: EngineEntry) -> Signature:
+    """Return what an engine takes and gives, within its profiles: it was compiled from one of the models."""
+    model = next(model for model in manifest.models if model.file == engine.model)
+    return signature_of(manifest, model).within(hull(engine.profiles))

@@ -26,11 +26,12 @@ from bca_deploy.cli.contenders import NAMES, Name, contender, write_literal
 from bca_deploy.errors import BcaError, InputError, check_one_of
 from bca_deploy.progress import Progress
 from bca_deploy.session.backends.backend import Options
-from bca_deploy.session.contract import shape_of
-from bca_deploy.spec import Axis
+from bca_deploy.session.contract import numpy_dtype
+from bca_deploy.signature import Signature, Tensor
 
 Array = NDArray[Any]
-Shape = tuple[int, int, int]
+#: A size for each of the bundle's dimensions, in order.
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Measurement:
 
     Attributes:
         contender: which.
-        shape: batch, x_len, context_len.
+        shape: a size for each dimension, in order.
         runs: timed calls.
         p50_ms: median latency; ``p90_ms``, ``p99_ms`` the percentiles; ``min_ms`` the fastest.
         pairs_per_s: pairs of sequences per second, one call after another.
@@ -78,17 +79,20 @@ class Report:
         return json.dumps(asdict(self), indent=2)
 
 
-def inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
+def inputs(signature: Signature, shape: Shape) -> dict[str, Array]:
     """Return seeded inputs of a padded batch: every row keeps three quarters of its positions or more."""
-    rng, sizes = np.random.default_rng(0), dict(zip(("batch", "x_len", "context_len"), shape, strict=True))
+    rng, sizes = np.random.default_rng(0), signature.dims.named(shape)
 
-    def one(name: str, axes: tuple[Axis, ...]) -> Array:
-        found = shape_of(axes, sizes)
-        if name.endswith("mask"):
-            return np.asarray(np.arange(found[1]) < rng.integers((3 * found[1] + 3) // 4, found[1] + 1, size=(found[0], 1)))
-        return rng.standard_normal(found).astype(np.float32)
+    def one(tensor: Tensor) -> Array:
+        found = tensor.shape(sizes)
+        if tensor.name in signature.masks.values():
+            rows = rng.integers((3 * found[-1] + 3) // 4, found[-1] + 1, size=(*found[:-1], 1))
+            return np.asarray(np.arange(found[-1]) < rows)
+        if tensor.is_float:
+            return rng.standard_normal(found).astype(np.float32)
+        return np.full(found, tensor.fill or 0, numpy_dtype(tensor.dtype))
 
-    return {name: one(name, axes) for name, axes in manifest.interface.inputs(manifest.layer).items()}
+    return {tensor.name: one(tensor) for tensor in signature.inputs}
 
 
 def bench(
@@ -105,7 +109,7 @@ def bench(
 
     Args:
         path: the bundle.
-        shapes: batch, x_len, context_len of each.
+        shapes: a size for each dimension of the bundle, in order.
         names: contenders; empty takes all that can run here. The session is always one.
         backend: the session's.
         threads: that each may use on the CPU; None takes every core.
@@ -146,8 +150,8 @@ def _left_out(names: Sequence[str], manifest: Manifest) -> dict[Name, str]:
 
 
 def _check_shape(shape: Shape, manifest: Manifest) -> None:
-    for name, size in zip(("batch", "x_len", "context_len"), shape, strict=True):
-        allowed = getattr(manifest.dims, name)
+    for name, size in manifest.signature.dims.named(shape).items():
+        allowed = manifest.signature.dims[name]
         if not allowed.min <= size <= allowed.max:
             raise InputError(f"shape {'x'.join(map(str, shape))}: {name} is {size}, allowed {allowed.min} to {allowed.max}")
 
@@ -175,7 +179,7 @@ def _in_own_process(
 
 def measure(name: Name, bundle: Bundle, scratch: Path, threads: int, backend: str, seconds: float, shape: Shape) -> Measurement:
     """Time one contender in this process."""
-    run = contender(name, bundle, scratch, threads, backend, inputs(bundle.manifest, shape))
+    run = contender(name, bundle, scratch, threads, backend, inputs(bundle.manifest.signature, shape))
     for _ in range(3):
         run()
     times_ms, start = list[float](), time.perf_counter()
@@ -184,7 +188,8 @@ def measure(name: Name, bundle: Bundle, scratch: Path, threads: int, backend: st
         run()
         times_ms.append((time.perf_counter() - before) * 1e3)
     p50, p90, p99 = (float(p) for p in np.percentile(times_ms, (50, 90, 99)))
-    rate = shape[0] * len(times_ms) / sum(times_ms) * 1e3
+    signature = bundle.manifest.signature
+    rate = signature.entries(signature.dims.named(shape)) * len(times_ms) / sum(times_ms) * 1e3
     return Measurement(name, shape, len(times_ms), min(times_ms), p50, p90, p99, rate, peak_rss_mb())
 
 
@@ -195,7 +200,7 @@ def peak_rss_mb() -> float:
 
 
 def parse_shapes(texts: Iterable[str]) -> list[Shape]:
-    """Read ``BATCHxX_LENxCONTEXT_LEN``.
+    """Read one size for each dimension, such as ``BATCHxX_LENxCONTEXT_LEN``.
 
     Raises:
         InputError: anything else.
@@ -203,16 +208,16 @@ def parse_shapes(texts: Iterable[str]) -> list[Shape]:
     found = []
     for text in texts:
         parts = text.split("x")
-        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-            raise InputError(f"shape {text!r}: give BATCHxX_LENxCONTEXT_LEN, such as 1x512x512")
-        found.append(cast("Shape", tuple(int(part) for part in parts)))
+        if not all(part.isdecimal() for part in parts):
+            raise InputError(f"shape {text!r}: give a size for each dimension, BATCHxX_LENxCONTEXT_LEN, such as 1x512x512")
+        found.append(tuple(int(part) for part in parts))
     return found
 
 
 def _main(arguments: list[str]) -> None:
     name, path, scratch, threads, backend, seconds, *shape = arguments
     with Bundle.open(path, "off") as bundle:
-        sizes = cast("Shape", tuple(map(int, shape)))
+        sizes = tuple(map(int, shape))
         found = measure(cast("Name", name), bundle, Path(scratch), int(threads), backend, float(seconds), sizes)
     sys.stdout.write(json.dumps(asdict(found)) + "\n")
 

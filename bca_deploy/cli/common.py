@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bca_deploy import __version__, ending
-from bca_deploy.errors import BcaError, InputError, nearest
+from bca_deploy.errors import BcaError, InputError
 from bca_deploy.optional import missing
 
 app = typer.Typer(
@@ -145,13 +145,9 @@ def read_range(text: str | None) -> dict[str, int] | None:
 
 def read_profile(text: str) -> dict[str, dict[str, int] | None]:
     """Read ``batch=1:1:4,x_len=1:128:512``."""
-    names = ("batch", "x_len", "context_len")
     parts = [part.partition("=") for part in text.split(",")]
-    for name, _, _ in parts:
-        if name.strip() not in names:
-            raise InputError(
-                f"profile {text!r}: {name!r} is no dimension{nearest(name, names)}; give batch=1:1:4,x_len=1:128:512"
-            )
+    if not all(name.strip() and equals for name, equals, _ in parts):
+        raise InputError(f"profile {text!r}: give DIMENSION=MIN:OPT:MAX for some, such as batch=1:1:4,x_len=1:128:512")
     return {name.strip(): read_range(sizes) for name, _, sizes in parts}
 
 

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from bca_deploy import ending
-from bca_deploy.bundle.manifest import Manifest
-from bca_deploy.spec import Axis, DimRange, LayerSpec
+from bca_deploy.bundle.manifest import Manifest, signature_of
+from bca_deploy.signature import Axis, Dims
+from bca_deploy.spec import LayerSpec
 
 if TYPE_CHECKING:
     from bca_deploy.bundle.manifest import EngineEntry
@@ -80,9 +81,9 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
         "opset": recipe.opset,
         "precision": list(recipe.precision),
         "keep_io_types": recipe.keep_io_types,
-        "inputs": recipe.interface.inputs(plan.checkpoint.spec),
-        "outputs": recipe.interface.outputs(plan.checkpoint.spec),
-        "dims": dataclasses.asdict(recipe.dims),
+        "inputs": {tensor.name: tensor.axes for tensor in plan.signature.inputs},
+        "outputs": {tensor.name: tensor.axes for tensor in plan.signature.outputs},
+        "dims": recipe.dims.model_dump(),
         "parity": recipe.parity,
         "out": str(plan.out),
     }
@@ -94,7 +95,7 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
         return
     table = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     content["layer"] = describe(plan.checkpoint.spec)
-    content["dims"] = _dims(plan.recipe.dims.__dict__)
+    content["dims"] = _dims(plan.signature.dims)
     for name in ("inputs", "outputs"):
         content[name] = "; ".join(f"{key} {_shape(axes)}" for key, axes in content[name].items())
     for name, value in content.items():
@@ -146,7 +147,7 @@ def show_manifest(manifest: Manifest, where: Path) -> None:
     """Print what a bundle holds."""
     _out.print(f"{where}: bundle format {manifest.format}, every hash right")
     _out.print(f"layer: {describe(manifest.layer)}")
-    _out.print(f"dims:  {_dims(manifest.dims.__dict__)}")
+    _out.print(f"dims:  {_dims(manifest.signature.dims)}")
     models = Table("model", "opset", "precision", "lowering", "nodes", "parity", "worst ratio", box=SIMPLE)
     for model in manifest.models:
         verdict = f"{'passed' if model.parity.passed else 'FAILED'}, {model.parity.cases} cases ({model.parity.scope})"
@@ -160,8 +161,9 @@ def show_manifest(manifest: Manifest, where: Path) -> None:
         )
         models.add_row(model.file, *figures)
     _out.print(models)
+    signature = signature_of(manifest, manifest.models[0])
     tensors = Table("tensor", "dtype", "axes", box=SIMPLE)
-    for entry in (*manifest.models[0].inputs, *manifest.models[0].outputs):
+    for entry in (*signature.inputs, *signature.outputs):
         tensors.add_row(entry.name, entry.dtype, _shape(entry.axes))
     _out.print(tensors)
     if manifest.engines:
@@ -238,7 +240,7 @@ def describe(spec: LayerSpec) -> str:
     return f"dim {spec.dim}, context_dim {spec.context_dim}, {spec.heads} heads of {spec.dim_head}{norm}{extra}"
 
 
-def _dims(ranges: dict[str, DimRange]) -> str:
+def _dims(ranges: Dims) -> str:
     return ", ".join(f"{name} {r.min}..{r.max} (opt {r.opt})" for name, r in ranges.items())
 
 

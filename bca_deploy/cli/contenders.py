@@ -47,10 +47,9 @@ def write_literal(bundle: Bundle, directory: Path) -> None:
     from bca_deploy.exporter.plan import checkpoint_of
     from bca_deploy.layers.lowered_model import lower
 
-    checkpoint, interface = checkpoint_of(bundle), bundle.manifest.interface
-    lowered = lower(checkpoint, "reference", attention_maps=interface.attention_maps)
-    opset = bundle.manifest.models[0].opset
-    write(trace(lowered, checkpoint.spec, interface, opset), directory / LITERAL_FILE)
+    manifest = bundle.manifest
+    lowered = lower(checkpoint_of(bundle), "reference", attention_maps=manifest.interface.attention_maps)
+    write(trace(lowered, manifest.signature, manifest.models[0].opset), directory / LITERAL_FILE)
 
 
 def contender(name: Name, bundle: Bundle, directory: Path, threads: int, backend: str, feeds: Feeds) -> Callable[[], object]:

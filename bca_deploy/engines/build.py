@@ -3,20 +3,13 @@
 Needs no torch and no onnx: the models are in the bundle already.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bca_deploy.bundle.engine_options import EngineTable, ProfileTable
-from bca_deploy.bundle.manifest import (
-    DTYPE_OF,
-    EngineEntry,
-    GpuEntry,
-    Manifest,
-    ModelEntry,
-    TensorEntry,
-    model_of,
-)
+from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest, ModelEntry, model_of, signature_of
 from bca_deploy.bundle.write import seal, write_build
 from bca_deploy.engines import build_log, libraries
 from bca_deploy.engines.builder_process import Request
@@ -26,7 +19,8 @@ from bca_deploy.engines.libraries import DTYPES
 from bca_deploy.engines.profiles import is_static, resolve, shapes
 from bca_deploy.errors import EngineError, InputError, ParityError
 from bca_deploy.progress import Clock
-from bca_deploy.spec import Dims, Precision
+from bca_deploy.signature import DimRange, Dims, Signature
+from bca_deploy.spec import DTYPE_OF, Precision
 
 _BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -52,12 +46,15 @@ class EnginePlan:
     gpu: GpuEntry | None
 
 
-def plan(table: EngineTable, profiles: tuple[ProfileTable, ...], dims: Dims, available: tuple[Precision, ...]) -> EnginePlan:
+def plan(
+    table: EngineTable, profiles: tuple[Mapping[str, DimRange], ...], dims: Dims, available: tuple[Precision, ...]
+) -> EnginePlan:
     """Decide what to build; nothing is written.
 
     Args:
         table: what was asked for.
-        profiles: the optimization profiles asked for; none means one over all of ``dims``.
+        profiles: the optimization profiles asked for, where a dimension left out has the range of ``dims``; none means one
+            over all of them.
         dims: of the bundle.
         available: precisions of its models; the first half precision there is the default, else fp16.
 
@@ -118,12 +115,12 @@ def add(directory: Path, manifest: Manifest, wanted: EnginePlan, clock: Clock) -
     file = f"engines/{wanted.library.name}-{wanted.precision}{gpu}.engine"
     (directory / "engines").mkdir(exist_ok=True)
     with clock.stage(f"engine {wanted.library.name} {wanted.precision}"):
-        request = _request(directory, model, wanted, file)
+        request = _request(directory, manifest, model, wanted, file)
         built = compile_engine(
             request, wanted.options.time_limit_s, lambda share: clock.progress.steps(round(100 * share), 100)
         )
     entry = _entry(manifest, model, wanted, file, built)
-    _check_precision(entry, model)
+    _check_network(entry, built.facts.inputs | built.facts.outputs, signature_of(manifest, model))
     return record(directory, manifest, entry, built)
 
 
@@ -134,14 +131,13 @@ def record(directory: Path, manifest: Manifest, entry: EngineEntry, built: Built
     return seal(directory, manifest.model_copy(update={"engines": (*others, entry)}))
 
 
-def _request(directory: Path, model: ModelEntry, wanted: EnginePlan, file: str) -> Request:
+def _request(directory: Path, manifest: Manifest, model: ModelEntry, wanted: EnginePlan, file: str) -> Request:
+    inputs = manifest.signature.inputs
     return Request(
         module=wanted.library.module,
         onnx=str(directory / model.file),
         out=str(directory / file),
-        log="",
-        events=-1,
-        profiles=[{k: [list(s) for s in v] for k, v in shapes(p, model.inputs).items()} for p in wanted.profiles],
+        profiles=[{k: [list(s) for s in v] for k, v in shapes(p, inputs).items()} for p in wanted.profiles],
         static=is_static(wanted.profiles),
         targets=list(wanted.targets),
         options=wanted.options.model_dump(mode="json"),
@@ -162,41 +158,32 @@ def _entry(manifest: Manifest, model: ModelEntry, wanted: EnginePlan, file: str,
         gpu=wanted.gpu,
         profiles=wanted.profiles,
         static=is_static(wanted.profiles),
-        inputs=_tensors(model.inputs, built.facts.inputs),
-        outputs=_tensors(model.outputs, built.facts.outputs),
         matmuls=_by_dtype(built.facts.matmuls),
         weights=_by_dtype(built.facts.weights),
         scratch_bytes=built.log.scratch_bytes,
         weight_bytes=built.log.weight_bytes,
         attentions_fused=fused,
         fusion_evidence=evidence,
-        options=wanted.options.model_copy(update={"timing_cache": None}),  # a path of the building machine
+        options=wanted.options.options,
     )
 
 
 def _map_bytes(manifest: Manifest, wanted: EnginePlan) -> int:
     """Size of one attention map at the largest shapes."""
-    largest = max(p.batch.max * p.x_len.max * p.context_len.max for p in wanted.profiles)
+    largest = max(math.prod(profile.at("max").values()) for profile in wanted.profiles)
     return largest * manifest.layer.heads * _BYTES[wanted.precision]
-
-
-def _tensors(tensors: tuple[TensorEntry, ...], seen: Mapping[str, str]) -> tuple[TensorEntry, ...]:
-    if {tensor.name for tensor in tensors} != set(seen):
-        raise EngineError(
-            f"the engine has the tensors {sorted(seen)}, the model {sorted(t.name for t in tensors)}; report this"
-        )
-    return tuple(tensor.model_copy(update={"dtype": DTYPES[seen[tensor.name]]}) for tensor in tensors)
 
 
 def _by_dtype(counts: Mapping[str, int]) -> dict[str, int]:
     return {DTYPES[name]: count for name, count in sorted(counts.items()) if name in DTYPES}
 
 
-def _check_precision(entry: EngineEntry, model: ModelEntry) -> None:
-    """Refuse an engine whose products are not all in the precision asked for, or whose edges differ from the model's."""
-    edges = [tensor.dtype for tensor in (*entry.inputs, *entry.outputs)]
-    if set(entry.matmuls) != {DTYPE_OF[entry.precision]} or edges != [t.dtype for t in (*model.inputs, *model.outputs)]:
+def _check_network(entry: EngineEntry, seen: Mapping[str, str], signature: Signature) -> None:
+    """Refuse an engine whose products are not all in the precision asked for, or whose tensors are not the model's."""
+    tensors = {name: DTYPES.get(kind, kind) for name, kind in seen.items()}
+    wanted = {tensor.name: tensor.dtype for tensor in (*signature.inputs, *signature.outputs)}
+    if set(entry.matmuls) != {DTYPE_OF[entry.precision]} or tensors != wanted:
         raise EngineError(
-            f"{entry.precision} was asked for, but the network multiplies in {entry.matmuls} and has the edges {edges}; "
-            "please report this"
+            f"{entry.precision} was asked for with the tensors {wanted}, but the network multiplies in {entry.matmuls} and has "
+            f"{tensors}; please report this"
         )

@@ -44,12 +44,12 @@ class Request:
     module: str
     onnx: str
     out: str
-    log: str
-    events: int
-    profiles: list[dict[str, list[list[int]]]]
-    static: bool
-    targets: list[str]
-    options: dict[str, Any]
+    log: str = ""
+    events: int = -1
+    profiles: list[dict[str, list[list[int]]]] = field(default_factory=list)
+    static: bool = False
+    targets: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
     refit: str | None = None
 
 

@@ -4,13 +4,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 
-from bca_deploy.bundle.manifest import DType
 from bca_deploy.errors import InputError, MissingDependencyError, nearest
 from bca_deploy.optional import missing
+from bca_deploy.signature import DType
 from bca_deploy.spec import EngineLibrary, Precision
 
 #: TensorRT's names of element types, as in ONNX and numpy.
-DTYPES: dict[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+DTYPES: dict[str, DType] = {
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool", "INT32": "int32", "INT64": "int64",
+}  # fmt: skip
 #: Targets that TensorRT-RTX 1.7.1 refuses for a precision: Turing has no bfloat16, and gets no float32 products.
 _UNABLE: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp32": ("sm75",), "fp16": ()}
 

@@ -2,12 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 
-from bca_deploy.bundle.engine_options import ProfileTable
-from bca_deploy.bundle.manifest import TensorEntry
-from bca_deploy.errors import InputError
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.errors import InputError, nearest
+from bca_deploy.signature import DimRange, Dims, Tensor
 
 #: The smallest, the optimal and the largest shape of one tensor.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -15,11 +12,11 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Ranges = Mapping[str, Shapes]
 
 
-def resolve(tables: Iterable[ProfileTable], dims: Dims) -> tuple[Dims, ...]:
+def resolve(tables: Iterable[Mapping[str, DimRange]], dims: Dims) -> tuple[Dims, ...]:
     """Return each profile with every dimension filled in; one profile over all of ``dims`` where there is no table.
 
     Raises:
-        InputError: a range goes outside ``dims``, or two profiles are the same.
+        InputError: a dimension that there is not, a range outside ``dims``, or two profiles that are the same.
     """
     profiles = tuple(_one(number, table, dims) for number, table in enumerate(tables, 1)) or (dims,)
     if len(set(profiles)) < len(profiles):
@@ -27,34 +24,28 @@ def resolve(tables: Iterable[ProfileTable], dims: Dims) -> tuple[Dims, ...]:
     return profiles
 
 
-def _one(number: int, table: ProfileTable, dims: Dims) -> Dims:
-    ranges = {axis.name: getattr(table, axis.name) or getattr(dims, axis.name) for axis in fields(Dims)}
-    for name, asked in ranges.items():
-        allowed = getattr(dims, name)
+def _one(number: int, table: Mapping[str, DimRange], dims: Dims) -> Dims:
+    for name, asked in table.items():
+        if name not in dims:
+            raise InputError(f"profile {number}: {name!r} is no dimension{nearest(name, dims)}; there are {', '.join(dims)}")
+        allowed = dims[name]
         if asked.min < allowed.min or asked.max > allowed.max:
             raise InputError(
                 f"profile {number}: {name} {asked.min} to {asked.max} is outside the bundle's {allowed.min} to {allowed.max}; "
                 f"narrow the profile, or export again with --{name.replace('_', '-')} {asked.min}:{asked.opt}:{asked.max}"
             )
-    return Dims(**ranges)
+    return Dims({name: table.get(name, dims[name]) for name in dims})
 
 
-def shapes(profile: Dims, tensors: Iterable[TensorEntry]) -> dict[str, Shapes]:
+def shapes(profile: Dims, tensors: Iterable[Tensor]) -> dict[str, Shapes]:
     """Return the smallest, optimal and largest shape of each tensor; one name is one size in all of them."""
-    return {
-        tensor.name: (
-            tuple(axis if isinstance(axis, int) else getattr(profile, axis).min for axis in tensor.axes),
-            tuple(axis if isinstance(axis, int) else getattr(profile, axis).opt for axis in tensor.axes),
-            tuple(axis if isinstance(axis, int) else getattr(profile, axis).max for axis in tensor.axes),
-        )
-        for tensor in tensors
-    }
+    low, opt, high = profile.at("min"), profile.at("opt"), profile.at("max")
+    return {tensor.name: (tensor.shape(low), tensor.shape(opt), tensor.shape(high)) for tensor in tensors}
 
 
 def is_static(profiles: tuple[Dims, ...]) -> bool:
     """Whether the one profile fixes every dimension, so that the engine needs none."""
-    ranges = [getattr(profile, axis.name) for profile in profiles for axis in fields(Dims)]
-    return len(profiles) == 1 and all(r.min == r.max for r in ranges)
+    return len(profiles) == 1 and all(r.min == r.max for r in profiles[0].values())
 
 
 def choose_profile(profiles: Sequence[Ranges], shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -94,13 +85,3 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _in_words(ranges: Ranges) -> str:
     return ", ".join(f"{name} {list(low)} to {list(high)}" for name, (low, _, high) in ranges.items())
-
-
-def hull(profiles: tuple[Dims, ...]) -> Dims:
-    """Return the smallest and largest size of each dimension over all profiles; optimal ones are the first profile's."""
-
-    def over(name: str) -> DimRange:
-        ranges = [getattr(profile, name) for profile in profiles]
-        return DimRange(min(r.min for r in ranges), ranges[0].opt, max(r.max for r in ranges))
-
-    return Dims(over("batch"), over("x_len"), over("context_len"))

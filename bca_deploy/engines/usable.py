@@ -5,12 +5,13 @@ import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.engine_options import BuildOptions
 from bca_deploy.bundle.manifest import EngineEntry, Manifest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines import libraries
 from bca_deploy.errors import EngineError
-from bca_deploy.spec import Dims, EngineLibrary, Precision
+from bca_deploy.signature import Dims
+from bca_deploy.spec import EngineLibrary, Precision
 
 
 def why_stale(entry: EngineEntry, manifest: Manifest, loaded: str | None, capability: str | None = None) -> str | None:
@@ -59,11 +60,10 @@ def rebuild_command(entry: EngineEntry, bundle: Path | str) -> str:
     return shlex.join([*parts, *_option_flags(entry.options)])
 
 
-def _option_flags(options: EngineTable) -> list[str]:
-    """Return what differs from the defaults as ``--set``; library, targets and precision have flags of their own."""
-    default = EngineTable(library=options.library)
-    flags = []
-    for name in sorted(set(EngineTable.model_fields) - {"library", "targets", "precision"}):
+def _option_flags(options: BuildOptions) -> list[str]:
+    """Return what differs from the defaults as ``--set``."""
+    default, flags = BuildOptions(), []
+    for name in sorted(BuildOptions.model_fields):
         value = getattr(options, name)
         if value != getattr(default, name):
             flags += ["--set", f"engine.{name}={json.dumps(value) if isinstance(value, bool) else value}"]
@@ -71,7 +71,7 @@ def _option_flags(options: EngineTable) -> list[str]:
 
 
 def _as_flag(profile: Dims) -> str:
-    return ",".join(f"{name}={r.min}:{r.opt}:{r.max}" for name, r in vars(profile).items())
+    return ",".join(f"{name}={r.min}:{r.opt}:{r.max}" for name, r in profile.items())
 
 
 def of_library(bundle: Bundle, library: EngineLibrary, precision: Precision | None = None) -> list[EngineEntry]:

@@ -49,7 +49,7 @@ def build_recipe(path: Path, recipe: Recipe, progress: Progress) -> EngineEntry:
     with revised(path) as (bundle, directory):
         manifest = bundle.manifest
         available = precisions(manifest)
-        wanted = engines.plan(recipe.engine, recipe.profile, manifest.dims, available)
+        wanted = engines.plan(recipe.engine, recipe.profile, manifest.signature.dims, available)
         if wanted.precision not in available:
             from bca_deploy.exporter import models, plan  # torch: only where a model has to be made
 

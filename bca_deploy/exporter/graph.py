@@ -1,6 +1,6 @@
 """The lowered module as an ONNX model: traced by torch.export, named, cleaned, checked and written.
 
-Ensures of every file it writes: exactly the opset asked for; inputs, outputs and dynamic dimensions named as in spec.py;
+Ensures of every file it writes: exactly the opset asked for; inputs, outputs and dynamic dimensions named as in the signature;
 weights as initializers under the seed's names; no dead nodes and nothing of the machine it was made on; full onnx.checker.
 """
 
@@ -17,13 +17,14 @@ from onnx_ir.tensor_adapters import TorchTensor
 from bca_deploy.errors import ExportError, InputError, first_line
 from bca_deploy.layers.isolation import exporter_alone
 from bca_deploy.layers.lowered_model import LoweredModel
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, Axis, Interface, LayerSpec, Precision, Runtime
+from bca_deploy.signature import Axis, Signature, Tensor
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Precision, Runtime
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
 
 # Sizes to trace with: all different and none 0 or 1, so that torch.export specialises on nothing by accident.
-_TRACE_SIZES = {"batch": 3, "x_len": 6, "context_len": 5}
+_TRACE_SIZES = (3, 6, 5, 7, 9, 10, 11, 13)
 
 
 # The first opset whose Conv takes bfloat16; https://onnx.ai/onnx/operators/onnx__Conv.html
@@ -57,8 +58,7 @@ def check_precision(precision: Precision, opset: int, spec: LayerSpec) -> None:
 
 def trace(
     model: LoweredModel,
-    spec: LayerSpec,
-    interface: Interface,
+    signature: Signature,
     opset: int,
     metadata: Mapping[str, str] | None = None,
     runtime: Runtime = "portable",
@@ -67,8 +67,7 @@ def trace(
 
     Args:
         model: from :func:`bca_deploy.layers.lowered_model.lower`.
-        spec: the layer.
-        interface: which optional inputs and outputs the model has.
+        signature: what the model takes and gives.
         opset: the ai.onnx opset the model must have, one of ``OPSETS``.
         metadata: goes into ``metadata_props``.
         runtime: only ``portable`` graphs are of ai.onnx operators alone.
@@ -80,10 +79,10 @@ def trace(
         InputError: the opset is not on offer.
         ExportError: the exporter failed, or gave another opset, other names or other dynamic dimensions.
     """
-    exported = _run_exporter(_stand_in(model), spec, interface, check_opset(opset))
+    exported = _run_exporter(_stand_in(model), signature, check_opset(opset))
     _tidy(exported, metadata or {})
     attach(exported, model.core.state_dict())
-    _check(exported, spec, interface, opset, _DOMAINS[runtime])
+    _check(exported, signature, opset, _DOMAINS[runtime])
     return exported
 
 
@@ -131,10 +130,10 @@ def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_
         raise ExportError(f"the written model {path.name} does not pass onnx.checker: {error}; please report this") from error
 
 
-def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, opset: int) -> ir.Model:
-    inputs = interface.inputs(spec)
-    kwargs = {name: _example(name, axes, model.edge) for name, axes in inputs.items()}
-    dynamic = {name: {i: axis for i, axis in enumerate(axes) if isinstance(axis, str)} for name, axes in inputs.items()}
+def _run_exporter(model: LoweredModel, signature: Signature, opset: int) -> ir.Model:
+    sizes = dict(zip(signature.dims, _TRACE_SIZES, strict=False))
+    kwargs = {tensor.name: _example(tensor, sizes, model.edge) for tensor in signature.inputs}
+    dynamic = {t.name: {i: axis for i, axis in enumerate(t.axes) if isinstance(axis, str)} for t in signature.inputs}
     # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
     with exporter_alone():
         import torch._dynamo.config as settings  # here: importing it changes the process
@@ -147,8 +146,8 @@ def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, op
                     dynamo=True,
                     opset_version=opset,
                     dynamic_shapes=dynamic,
-                    input_names=list(inputs),
-                    output_names=list(interface.outputs(spec)),
+                    input_names=list(kwargs),
+                    output_names=[tensor.name for tensor in signature.outputs],
                     optimize=True,
                     verbose=False,  # else it prints
                 )
@@ -158,9 +157,8 @@ def _run_exporter(model: LoweredModel, spec: LayerSpec, interface: Interface, op
     return program.model
 
 
-def _example(name: str, axes: tuple[Axis, ...], dtype: torch.dtype) -> torch.Tensor:
-    shape = [axis if isinstance(axis, int) else _TRACE_SIZES[axis] for axis in axes]
-    return torch.ones(shape, dtype=torch.bool if name.endswith("mask") else dtype)
+def _example(tensor: Tensor, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(tensor.shape(sizes), dtype=dtype if tensor.is_float else getattr(torch, tensor.dtype))
 
 
 def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:
@@ -225,17 +223,17 @@ def _name_initializers(graph: ir.Graph) -> None:
         graph.register_initializer(value)
 
 
-def _check(model: ir.Model, spec: LayerSpec, interface: Interface, opset: int, domains: set[str]) -> None:
+def _check(model: ir.Model, signature: Signature, opset: int, domains: set[str]) -> None:
     found = model.opset_imports.get("")
     if found != opset:
         raise ExportError(f"asked for opset {opset}, but the exporter gave opset {found} without an error; please report this")
     if not set(model.opset_imports) <= domains or model.functions:
         raise ExportError(f"the graph needs more than it may: {sorted(model.opset_imports)}; please report this")
-    for kind, values, wanted in (
-        ("input", model.graph.inputs, interface.inputs(spec)),
-        ("output", model.graph.outputs, interface.outputs(spec)),
+    for kind, values, tensors in (
+        ("input", model.graph.inputs, signature.inputs),
+        ("output", model.graph.outputs, signature.outputs),
     ):
-        got = {value.name: _axes(value) for value in values}
+        got, wanted = {value.name: _axes(value) for value in values}, {tensor.name: tensor.axes for tensor in tensors}
         if got != wanted:
             raise ExportError(f"the {kind}s are {got}, wanted {wanted}; please report this")
 

@@ -1,7 +1,7 @@
 """Make one model, or put new weights into it, and judge it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from bca_deploy.bundle.manifest import (
-    DTYPE_OF,
     EXPECT_FILE,
     FORMAT,
     PARITY_FILE,
@@ -17,7 +16,6 @@ from bca_deploy.bundle.manifest import (
     Manifest,
     ModelEntry,
     ParityEntry,
-    TensorEntry,
 )
 from bca_deploy.bundle.write import seal, write_json
 from bca_deploy.errors import ParityError
@@ -30,7 +28,7 @@ from bca_deploy.parity import selftest_cases, user_sample
 from bca_deploy.parity.rule import Subject, judge, judge_inputs
 from bca_deploy.parity.verdict import Verdict, report, significant
 from bca_deploy.progress import Clock
-from bca_deploy.spec import Axis, Precision, Runtime
+from bca_deploy.spec import Precision, Runtime
 
 # Whose versions the manifest keeps.
 _MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
@@ -91,7 +89,7 @@ def write_weights(checkpoint: Checkpoint, path: Path) -> None:
 
 def make_model(plan: Plan, precision: Precision, runtime: Runtime, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
     """Lower, trace, write and judge one model of a staged bundle."""
-    recipe, spec = plan.recipe, plan.checkpoint.spec
+    recipe = plan.recipe
     name = precision if runtime == "portable" else f"{precision}.{runtime}"
     path = directory / "models" / f"{name}.onnx"
     path.parent.mkdir(exist_ok=True)
@@ -99,7 +97,7 @@ def make_model(plan: Plan, precision: Precision, runtime: Runtime, directory: Pa
         maps = recipe.interface.attention_maps
         masked = recipe.interface.masked
         lowered = lower(plan.checkpoint, plan.lowering, precision, recipe.keep_io_types, maps, runtime, masked)
-        model = trace(lowered, spec, recipe.interface, recipe.opset, _metadata(plan, precision), runtime)
+        model = trace(lowered, plan.signature, recipe.opset, _metadata(plan, precision), runtime)
         write(model, path, recipe.external_data_bytes)
     return _judge(plan, precision, runtime, path, len(model.graph), clock)
 
@@ -108,7 +106,7 @@ def _judge(
     plan: Plan, precision: Precision, runtime: Runtime, path: Path, nodes: int, clock: Clock
 ) -> tuple[ModelEntry, Verdict]:
     recipe, spec = plan.recipe, plan.checkpoint.spec
-    subject = Subject(path, plan.checkpoint, recipe.interface, recipe.dims, precision, recipe.keep_io_types)
+    subject = Subject(path, plan.checkpoint, recipe.interface, recipe.ranges, precision, recipe.keep_io_types)
     with clock.stage(f"parity {path.stem}"):
         verdict = judge(subject, recipe.parity, clock.progress.steps, yardstick=plan.yardstick(precision))
         if plan.expected:
@@ -129,7 +127,7 @@ def _metadata(plan: Plan, precision: Precision) -> dict[str, str]:
 
 def _model_entry(plan: Plan, precision: Precision, runtime: Runtime, path: Path, nodes: int, verdict: Verdict) -> ModelEntry:
     data = path.with_name(f"{path.name}.data")
-    recipe, spec = plan.recipe, plan.checkpoint.spec
+    recipe = plan.recipe
     return ModelEntry(
         file=f"models/{path.name}",
         runtime=runtime,
@@ -139,8 +137,6 @@ def _model_entry(plan: Plan, precision: Precision, runtime: Runtime, path: Path,
         keep_io_types=recipe.keep_io_types,
         nodes=nodes,
         external_data=f"models/{data.name}" if data.exists() else None,
-        inputs=_tensors(recipe.interface.inputs(spec), precision, recipe.keep_io_types),
-        outputs=_tensors(recipe.interface.outputs(spec), precision, recipe.keep_io_types),
         parity=ParityEntry(
             passed=bool(verdict),
             scope=recipe.parity,
@@ -151,17 +147,11 @@ def _model_entry(plan: Plan, precision: Precision, runtime: Runtime, path: Path,
     )
 
 
-def _tensors(axes: Mapping[str, tuple[Axis, ...]], precision: Precision, keep_io_types: bool) -> tuple[TensorEntry, ...]:
-    edge = "float32" if keep_io_types else DTYPE_OF[precision]
-    kinds = {name: "bool" if name.endswith("mask") else edge for name in axes}
-    return tuple(TensorEntry.model_validate({"name": name, "dtype": kinds[name], "axes": axes[name]}) for name in axes)
-
-
 def write_selftest(plan: Plan, directory: Path, models: tuple[ModelEntry, ...], clock: Clock) -> None:
     """Write the cases with which a machine without PyTorch proves the models."""
     with clock.stage("self-test"):
         precisions = list(dict.fromkeys(model.precision for model in models))
-        arrays = selftest_cases.make(plan.checkpoint, plan.recipe.interface, plan.recipe.dims, precisions)
+        arrays = selftest_cases.make(plan.checkpoint, plan.recipe.interface, plan.recipe.ranges, precisions)
         np.savez(directory / SELFTEST_FILE, **arrays)  # type: ignore[arg-type]
 
 
@@ -191,7 +181,7 @@ def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, 
         format=FORMAT,
         layer=plan.checkpoint.spec,
         interface=plan.recipe.interface,
-        dims=plan.recipe.dims,
+        signature=plan.signature,
         models=entries,
         engines=(),
         versions={name: package_version(name) for name in _MADE_BY},

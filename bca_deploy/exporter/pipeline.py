@@ -60,7 +60,7 @@ def export(
     checkpoint = from_module(module, heads)
     read = read_recipe(Path(recipe) if recipe else None, options)
     choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
-    expected = user_sample.from_module(module, checkpoint.spec, read.interface, read.dims)
+    expected = user_sample.from_module(module, checkpoint.spec, read.interface, read.ranges)
     run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
     return Bundle.open(out)
 

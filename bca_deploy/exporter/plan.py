@@ -14,14 +14,15 @@ from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
 from bca_deploy.errors import InputError
 from bca_deploy.exporter.graph import check_opset, check_precision
-from bca_deploy.exporter.recipe import InputsTable, LayerTable, OutputsTable, Recipe
+from bca_deploy.exporter.recipe import DimsTable, InputsTable, LayerTable, OutputsTable, Recipe
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.layers.lowered_model import choose
 from bca_deploy.layers.reference import build
 from bca_deploy.optional import onnxruntime
 from bca_deploy.parity import user_sample
 from bca_deploy.parity.yardstick import Yardstick
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Lowering, Precision
+from bca_deploy.signature import Signature
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Lowering, Precision, layer_signature
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,6 +49,11 @@ class Plan:
     expected: Arrays = field(default_factory=dict)
     engine: EnginePlan | None = None
     _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def signature(self) -> Signature:
+        """What every model takes and gives."""
+        return layer_signature(self.checkpoint.spec, self.recipe.interface, self.recipe.ranges)
 
     def yardstick(self, precision: Precision) -> Yardstick:
         """Return what every model of a precision is held against, made on first use."""
@@ -110,7 +116,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = F
         if recipe.profile:
             raise InputError("an optimization profile without an engine: give --engine rtx or --engine tensorrt as well")
         return Plan(recipe, checkpoint, lowering, out, force, expected or {})
-    engine = engines.plan(recipe.engine, recipe.profile, recipe.dims, recipe.precision)
+    engine = engines.plan(recipe.engine, recipe.profile, recipe.ranges, recipe.precision)
     check_precision(engine.precision, recipe.opset, checkpoint.spec)
     recipe = recipe.model_copy(update={"precision": tuple(dict.fromkeys((*recipe.precision, engine.precision)))})
     return Plan(recipe, checkpoint, lowering, out, force, expected or {}, engine)
@@ -122,7 +128,7 @@ def reopen(bundle: Bundle) -> Plan:
     recipe = Recipe(
         inputs=InputsTable(**{name: getattr(manifest.interface, name) for name in InputsTable.model_fields}),
         outputs=OutputsTable(attention_maps=manifest.interface.attention_maps),
-        dims=manifest.dims,
+        dims=DimsTable(**manifest.signature.dims),
         opset=first.opset,
         precision=precisions(manifest),
         keep_io_types=first.keep_io_types,

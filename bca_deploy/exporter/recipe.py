@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from bca_deploy.bundle.engine_options import EngineTable, ProfileTable, _Table
+from bca_deploy.bundle.engine_options import EngineTable, _Table
 from bca_deploy.errors import InputError, nearest
+from bca_deploy.signature import DimRange, Dims
 from bca_deploy.spec import (
     EXTERNAL_DATA_BYTES,
+    LAYER_DIMS,
     Bias,
-    DimRange,
-    Dims,
     Interface,
     LayerSpec,
     Lowering,
@@ -63,6 +63,14 @@ class OutputsTable(_Table):
     attention_maps: bool = False
 
 
+class DimsTable(_Table):
+    """``[dims]``: the sizes that each dimension may take."""
+
+    batch: DimRange = LAYER_DIMS["batch"]
+    x_len: DimRange = LAYER_DIMS["x_len"]
+    context_len: DimRange = LAYER_DIMS["context_len"]
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -74,7 +82,7 @@ class Recipe(_Table):
     layer: LayerTable = LayerTable()
     inputs: InputsTable = InputsTable()
     outputs: OutputsTable = OutputsTable()
-    dims: Dims = Dims()
+    dims: DimsTable = DimsTable()
     opset: int = 17
     lowering: Literal["auto"] | Lowering = "auto"
     precision: Annotated[tuple[Precision, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("fp32",)
@@ -83,7 +91,13 @@ class Recipe(_Table):
     external_data_bytes: int = Field(default=EXTERNAL_DATA_BYTES, ge=0)
     seed: int = 0
     engine: EngineTable | None = None
-    profile: tuple[ProfileTable, ...] = ()
+    #: ``[[profile]]``: the ranges of one optimization profile; a dimension left out has the range of ``[dims]``.
+    profile: tuple[dict[str, DimRange], ...] = ()
+
+    @property
+    def ranges(self) -> Dims:
+        """The named dimensions."""
+        return Dims(dict(self.dims))
 
     @property
     def interface(self) -> Interface:
@@ -150,15 +164,13 @@ def _explain(error: Any) -> str:
 
 def _known(place: tuple[Any, ...]) -> list[str]:
     """Return the keys that the table at ``place`` has."""
-    if place == ("dims",):
-        return [f.name for f in fields(Dims)]
     if place[:1] == ("dims",) or (place[:1] == ("profile",) and len(place) == 3):
         return [f.name for f in fields(DimRange)]
     tables: dict[Any, type[BaseModel]] = {
         "layer": LayerTable,
         "inputs": InputsTable,
         "outputs": OutputsTable,
+        "dims": DimsTable,
         "engine": EngineTable,
-        "profile": ProfileTable,
     }
     return list(tables.get(place[0] if place else None, Recipe).model_fields)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from bca_deploy.bundle.engine_options import EngineTable
 from bca_deploy.bundle.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest, model_of
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import revised, write_build
@@ -83,11 +84,12 @@ def _plan(bundle: Bundle, new: Checkpoint, sample: str | Path | None, drop_sampl
 
 def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:
     """Return the plan that made an engine, checked for this machine before any work."""
-    table = entry.options.model_copy(update={"targets": entry.targets, "precision": entry.precision})
-    wanted = engines.plan(table, (), manifest.dims, (entry.precision,))
+    how = entry.options.model_dump()
+    table = EngineTable(library=entry.library, targets=entry.targets, precision=entry.precision, **how)
+    wanted = engines.plan(table, (), manifest.signature.dims, (entry.precision,))
     if wanted.gpu is not None and entry.gpu is not None and wanted.gpu.name != entry.gpu.name:
         raise EngineError(f"{entry.file} is for {entry.gpu.name}, and here is {wanted.gpu.name}; refit the bundle there")
-    return replace(wanted, profiles=entry.profiles, options=entry.options)
+    return replace(wanted, profiles=entry.profiles)
 
 
 def _renew(directory: Path, manifest: Manifest, entry: EngineEntry, wanted: EnginePlan, clock: Clock) -> Manifest:
@@ -96,8 +98,7 @@ def _renew(directory: Path, manifest: Manifest, entry: EngineEntry, wanted: Engi
     model = model_of(manifest, entry.precision)
     place = str(directory / entry.file)
     module = libraries.LIBRARIES[entry.library].module
-    options = entry.options.model_dump(mode="json")
-    request = Request(module, str(directory / model.file), place, "", -1, [], False, [], options, refit=place)
+    request = Request(module, str(directory / model.file), place, options=wanted.options.model_dump(mode="json"), refit=place)
     with clock.stage(f"refit {entry.library} {entry.precision}"):
         built = compile_engine(request, entry.options.time_limit_s, lambda share: None)
     fresh = entry.model_copy(update={"model_sha256": manifest.files[model.file].sha256, "version": built.facts.version})

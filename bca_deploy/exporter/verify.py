@@ -77,7 +77,7 @@ def _verify_model(
     progress.stage(f"parity {path.stem}")
     _run_selftest(bundle, model, path)
     manifest = bundle.manifest
-    subject = Subject(path, checkpoint, manifest.interface, manifest.dims, model.precision, model.keep_io_types)
+    subject = Subject(path, checkpoint, manifest.interface, manifest.signature.dims, model.precision, model.keep_io_types)
     own = judge_inputs(subject, samples) if samples else None
     verdict = judge(subject, scope, progress.steps)
     return verdict if own is None else verdict.joined(own)  # a failed verdict is false

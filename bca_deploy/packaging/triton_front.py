@@ -8,7 +8,6 @@ together. Requires numpy 1 and nothing else.
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from bca_deploy.errors import InputError
 from bca_deploy.session.contract import Contract
 from bca_deploy.session.padding import cut, grouped, stacked
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.signature import DimRange, Dims, Signature, Tensor
 
 Arrays = dict[str, Any]
 
@@ -30,11 +29,9 @@ class TritonPythonModel:
         _check_numpy()
         facts = json.loads((Path(__file__).parent / "front.json").read_text(encoding="utf-8"))
         _check_tensorrt(facts["tensorrt_version"], facts["version_compatible"])
-        self._engine, self._together = facts["engine"], facts["together"]
-        self._outputs: list[str] = facts["outputs"]
+        self._engine, self._signature = facts["engine"], _signature(facts["signature"])
         self._profiles = tuple(map(_dims, facts["profiles"]))
-        inputs: Any = [SimpleNamespace(name=i["name"], dtype=i["dtype"], axes=tuple(i["axes"])) for i in facts["inputs"]]
-        self._contract = Contract(inputs, _dims(facts["dims"]), self._profiles)
+        self._contract = Contract(self._signature, self._profiles)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer every request; what is wrong with one of them is no matter to the others."""
@@ -50,23 +47,25 @@ class TritonPythonModel:
         return [answers[index] for index in range(len(requests))]
 
     def _groups(self, ready: dict[int, Arrays]) -> list[list[int]]:
-        if not self._together:
+        if not self._signature.pads:
             return [[index] for index in ready]
-        return grouped({i: (*r["x"].shape[:2], r["context"].shape[1]) for i, r in ready.items()}, self._profiles)
+        return grouped({i: self._signature.sizes(r) for i, r in ready.items()}, self._signature, self._profiles)
 
     def _answer(self, group: dict[int, Arrays]) -> dict[int, Any]:
-        batch = stacked(list(group.values())) if self._together else next(iter(group.values()))
+        alone, members = not self._signature.pads, list(group.values())
+        batch = members[0] if alone else stacked(members, self._signature)
+        names = [tensor.name for tensor in self._signature.outputs]
         response = pb_utils.InferenceRequest(
             model_name=self._engine,
-            requested_output_names=self._outputs,
+            requested_output_names=names,
             inputs=[pb_utils.Tensor(name, array) for name, array in batch.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
             text = f"{self._engine} failed: {response.error().message()}"
             return {index: _failed(text, pb_utils.TritonError.INTERNAL) for index in group}
-        found = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in self._outputs}
-        parts = cut(found, list(group.values())) if self._together else [found]
+        found = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
+        parts = [found] if alone else cut(found, [self._signature.sizes(ready) for ready in members], self._signature)
         return {index: _answered(part) for index, part in zip(group, parts, strict=True)}
 
 
@@ -95,8 +94,15 @@ def _loads(wanted: str, found: str, compatible: bool) -> bool:
     return here[:shared] >= built[:shared] if compatible else here[:shared] == built[:shared]
 
 
+def _signature(found: dict[str, Any]) -> Signature:
+    inputs, outputs = (
+        tuple(Tensor(**tensor | {"axes": tuple(tensor["axes"])}) for tensor in found[kind]) for kind in ("inputs", "outputs")
+    )
+    return Signature(inputs, outputs, _dims(found["dims"]), found["batch"], found["masks"])
+
+
 def _dims(found: dict[str, Any]) -> Dims:
-    return Dims(**{name: DimRange(**sizes) for name, sizes in found.items()})
+    return Dims({name: DimRange(**sizes) for name, sizes in found.items()})
 
 
 def _arrays(request: Any) -> Arrays:

@@ -4,23 +4,25 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import TypeAdapter
+
 from bca_deploy import optional
-from bca_deploy.bundle.manifest import EngineEntry, TensorEntry
+from bca_deploy.bundle.manifest import EngineEntry, signature_of, signature_of_engine
 from bca_deploy.bundle.read import Bundle
-from bca_deploy.engines.profiles import hull, shapes
+from bca_deploy.engines.profiles import shapes
 from bca_deploy.engines.usable import why_stale
 from bca_deploy.errors import EngineError, InputError, check_one_of
 from bca_deploy.serving.protocol import DATATYPE, described
-from bca_deploy.spec import Dims
+from bca_deploy.signature import Dims, Signature, Tensor
 
 Runtime = Literal["auto", "tensorrt", "onnxruntime"]
 
 #: What the front runs besides itself: the package's own rules, which need numpy alone.
-_CARRIED = ("errors.py", "spec.py", "session/__init__.py", "session/contract.py", "session/padding.py")
+_CARRIED = ("errors.py", "signature.py", "session/__init__.py", "session/contract.py", "session/padding.py")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ class _Engine:
     backend: str
     platform: str
     files: dict[str, Path]
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
+    signature: Signature
     profiles: tuple[Dims, ...]
     version: str | None = None
     version_compatible: bool = False
@@ -78,7 +79,7 @@ def write(bundle: Bundle, root: Path, options: Options) -> list[Path]:
     for target in targets:
         if target.exists():
             raise InputError(f"{target} exists; remove it, or choose another directory or --name")
-    if "bfloat16" in {tensor.dtype for tensor in engine.inputs}:
+    if "bfloat16" in {tensor.dtype for tensor in engine.signature.inputs}:
         raise InputError("Triton's python backend has no bfloat16; export with --keep-io-types, or another precision")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bca-", dir=root) as staging:
@@ -104,7 +105,9 @@ def _onnx(bundle: Bundle) -> _Engine:
     files = {"model.onnx": bundle.path(model.file)}
     if model.external_data:
         files[Path(model.external_data).name] = bundle.path(model.external_data)  # the model looks for it by that name
-    return _Engine("onnxruntime", "onnxruntime_onnx", files, model.inputs, model.outputs, (bundle.manifest.dims,))
+    return _Engine(
+        "onnxruntime", "onnxruntime_onnx", files, signature_of(bundle.manifest, model), (bundle.manifest.signature.dims,)
+    )
 
 
 def _tensorrt(bundle: Bundle, engines: list[EngineEntry], loaded: str | None) -> _Engine:
@@ -119,7 +122,7 @@ def _tensorrt(bundle: Bundle, engines: list[EngineEntry], loaded: str | None) ->
     files = {names[entry.file]: bundle.path(entry.file) for entry in alike}
     capabilities = {_capability(e.gpu.compute_capability): names[e.file] for e in alike if e.gpu}
     return _Engine(
-        "tensorrt", "tensorrt_plan", files, first.inputs, first.outputs, first.profiles,
+        "tensorrt", "tensorrt_plan", files, signature_of_engine(bundle.manifest, first), first.profiles,
         first.version, first.options.version_compatible, capabilities,
     )  # fmt: skip
 
@@ -137,9 +140,9 @@ def _capability(name: str) -> str:
 def _write_engine(directory: Path, engine: _Engine) -> None:
     pb = _messages()
     config = pb.ModelConfig(name=directory.name, backend=engine.backend, platform=engine.platform, max_batch_size=0)
-    for tensor in engine.inputs:
+    for tensor in engine.signature.inputs:
         config.input.append(pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)))
-    _add_outputs(config, engine.outputs)
+    _add_outputs(config, engine.signature.outputs)
     config.default_model_filename = next(iter(engine.files))
     config.cc_model_filenames.update(engine.by_capability or {})
     if engine.version:
@@ -157,50 +160,46 @@ def _warmups(engine: _Engine) -> Iterable[Any]:
     """Yield a request of the optimal sizes of each profile, so that no client waits for the first kernels."""
     pb = _messages()
     for index, dims in enumerate(engine.profiles):
-        optimal = shapes(dims, engine.inputs)
+        optimal = shapes(dims, engine.signature.inputs)
         warmup = pb.ModelWarmup(name=f"profile {index}", batch_size=1, count=1)
-        for tensor in engine.inputs:
+        for tensor in engine.signature.inputs:
             _, shape, _ = optimal[tensor.name]
             warmup.inputs[tensor.name].CopyFrom(pb.ModelWarmup.Input(data_type=_type(tensor), dims=shape, zero_data=True))
         yield warmup
 
 
 def _write_front(directory: Path, engine: _Engine, options: Options) -> None:
-    pb, together = _messages(), _together(engine)
-    rows = max(options.max_batch, hull(engine.profiles).batch.max)  # Triton refuses a request of more
+    pb, signature, together = _messages(), engine.signature, _together(engine.signature)
+    rows = max(options.max_batch, signature.dims[signature.batch].max if signature.batch else 0)  # Triton refuses more
     config = pb.ModelConfig(name=directory.name, backend="python", max_batch_size=rows if together else 0)
-    for tensor in engine.inputs:
+    for tensor in engine.signature.inputs:
         entry = pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)[together:])
-        entry.optional = tensor.name in ("mask", "context_mask")
+        entry.optional = tensor.fill is not None
         entry.allow_ragged_batch = together
         config.input.append(entry)
-    _add_outputs(config, engine.outputs, skip=together)
+    _add_outputs(config, engine.signature.outputs, skip=together)
     if together:
         config.dynamic_batching.max_queue_delay_microseconds = round(options.max_delay_ms * 1000)
         config.dynamic_batching.default_queue_policy.max_queue_size = options.max_queue
     config.instance_group.append(pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1))
     _save(directory, config)
     _copy_code(directory / "1")
-    facts = _facts(engine, f"{directory.name}_engine", together)
+    facts = _facts(engine, f"{directory.name}_engine")
     (directory / "1" / "front.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _together(engine: _Engine) -> bool:
-    """Whether requests of different lengths can share a batch: masks say what is padding, and no tensor has both lengths."""
-    names = {tensor.name for tensor in (*engine.inputs, *engine.outputs)}
-    return {"mask", "context_mask"} <= names and not {"rel_pos_bias", "attn"} & names
+def _together(signature: Signature) -> bool:
+    """Whether Triton may hand over several requests at once: it takes no tensor that has a batch and nothing else."""
+    return signature.pads and all(len(tensor.axes) > 1 for tensor in (*signature.inputs, *signature.outputs))
 
 
-def _facts(engine: _Engine, name: str, together: bool) -> dict[str, Any]:
+def _facts(engine: _Engine, name: str) -> dict[str, Any]:
     return {
         "engine": name,
-        "together": together,
         "tensorrt_version": engine.version,
         "version_compatible": engine.version_compatible,
-        "dims": asdict(hull(engine.profiles)),
-        "profiles": [asdict(profile) for profile in engine.profiles],
-        "inputs": [tensor.model_dump() for tensor in engine.inputs],
-        "outputs": [tensor.name for tensor in engine.outputs],
+        "signature": TypeAdapter(Signature).dump_python(engine.signature, mode="json"),
+        "profiles": TypeAdapter(tuple[Dims, ...]).dump_python(engine.profiles, mode="json"),
     }
 
 
@@ -214,13 +213,13 @@ def _copy_code(version: Path) -> None:
     shutil.copyfile(source / "packaging" / "triton_front.py", version / "model.py")
 
 
-def _add_outputs(config: Any, outputs: tuple[TensorEntry, ...], skip: bool = False) -> None:
+def _add_outputs(config: Any, outputs: tuple[Tensor, ...], skip: bool = False) -> None:
     pb = _messages()
     for tensor in outputs:
         config.output.append(pb.ModelOutput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)[skip:]))
 
 
-def _type(tensor: TensorEntry) -> Any:
+def _type(tensor: Tensor) -> Any:
     return _messages().DataType.Value(f"TYPE_{DATATYPE[tensor.dtype]}")
 
 

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bca_deploy.spec import Axis, Dims, Interface, LayerSpec, Precision
+from bca_deploy.signature import Dims
+from bca_deploy.spec import MASK_NAMES, Interface, LayerSpec, Precision, layer_signature
 
 Array = NDArray[Any]
 Scope = Literal["quick", "full"]
@@ -134,31 +135,33 @@ def matrix(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, most
 
 
 def _opposed_seeds(spec: LayerSpec, dims: Dims) -> int:
-    return math.ceil(_OPPOSED_LOGITS / (dims.batch.clip(_BATCHES["opposed"]) * spec.heads))
+    return math.ceil(_OPPOSED_LOGITS / (dims["batch"].clip(_BATCHES["opposed"]) * spec.heads))
 
 
 def _one_seed(spec: LayerSpec, interface: Interface, dims: Dims, scope: Scope, seed: int) -> Iterator[Case]:
     for family, (x_len, context_len) in itertools.product(families(spec, interface), _lengths(dims, scope)):
-        batch = dims.batch.clip(_BATCHES.get(family, 2))
+        batch = dims["batch"].clip(_BATCHES.get(family, 2))
         levels: tuple[Sharpness, ...] = ("steep",) if family == "opposed" else ("plain", "sharp")
         for sharpness in levels:
             yield Case(family, sharpness, batch, x_len, context_len, seed)
     if seed == 0:
         for family in [f for f in families(spec, interface) if f in ("no mask", "padded")]:
-            long = [dim.clip(_LONG_CAP[scope]) for dim in (dims.x_len, dims.context_len)]
-            yield Case(family, "sharp", dims.batch.clip(1), long[0], long[1], seed)
+            long = [dim.clip(_LONG_CAP[scope]) for dim in (dims["x_len"], dims["context_len"])]
+            yield Case(family, "sharp", dims["batch"].clip(1), long[0], long[1], seed)
 
 
 def _lengths(dims: Dims, scope: Scope) -> list[tuple[int, int]]:
     cap = _OPT_CAP[scope]
-    pairs = [*_LENGTHS[scope], (min(dims.x_len.opt, cap), min(dims.context_len.opt, cap))]
-    return list(dict.fromkeys((dims.x_len.clip(x_len), dims.context_len.clip(context_len)) for x_len, context_len in pairs))
+    pairs = [*_LENGTHS[scope], (min(dims["x_len"].opt, cap), min(dims["context_len"].opt, cap))]
+    return list(
+        dict.fromkeys((dims["x_len"].clip(x_len), dims["context_len"].clip(context_len)) for x_len, context_len in pairs)
+    )
 
 
 def _shrink(case: Case, dims: Dims, fits: Callable[[Case], bool]) -> Case:
     while not fits(case):
         smaller = replace(
-            case, x_len=dims.x_len.clip(case.x_len // 2), context_len=dims.context_len.clip(case.context_len // 2)
+            case, x_len=dims["x_len"].clip(case.x_len // 2), context_len=dims["context_len"].clip(case.context_len // 2)
         )
         if smaller == case:
             break
@@ -185,8 +188,8 @@ def make_inputs(case: Case, spec: LayerSpec, interface: Interface, precision: Pr
     """
     rng = np.random.default_rng([case.seed, zlib.crc32(case.name.encode())])
     sizes = {"batch": case.batch, "x_len": case.x_len, "context_len": case.context_len}
-    shapes = {name: tuple(_size(axis, sizes) for axis in axes) for name, axes in interface.inputs(spec).items()}
-    masks = {name: _MASKS[case.family](rng, name, shapes[name]) for name in shapes if name.endswith("mask")}
+    shapes = {tensor.name: tensor.shape(sizes) for tensor in layer_signature(spec, interface).inputs}
+    masks = {name: _MASKS[case.family](rng, name, shapes[name]) for name in shapes if name in MASK_NAMES}
     floats = {name: rng.standard_normal(shapes[name]) for name in shapes if name not in masks}
     if case.family == "opposed":
         floats |= {name: _oppose(floats[name], masks.get(mask)) for name, mask in (("x", "mask"), ("context", "context_mask"))}
@@ -202,10 +205,6 @@ def round_to(values: Array, precision: Precision) -> Array:
     with np.errstate(over="ignore"):
         rounded: Array = values.astype(NUMPY_DTYPES[precision]).astype(np.float32)
     return rounded
-
-
-def _size(axis: Axis, sizes: dict[str, int]) -> int:
-    return axis if isinstance(axis, int) else sizes[axis]
 
 
 def _all_true(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:

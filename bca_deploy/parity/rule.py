@@ -35,7 +35,8 @@ from bca_deploy.parity.trial import Trial
 from bca_deploy.parity.truth import ORDERS, affordable_orders, masks_of
 from bca_deploy.parity.verdict import OWN_INPUTS, CaseResult, Group, Verdict, in_doubt, pool, problems
 from bca_deploy.parity.yardstick import Yardstick
-from bca_deploy.spec import Dims, Interface, Precision
+from bca_deploy.signature import Dims
+from bca_deploy.spec import Interface, Precision
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]

@@ -8,14 +8,15 @@ from numpy.typing import NDArray
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.parity.cases import Case, families, make_inputs
 from bca_deploy.parity.trial import truth_and_bounds
-from bca_deploy.spec import Dims, Interface, Precision
+from bca_deploy.signature import Dims
+from bca_deploy.spec import Interface, Precision
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def make(checkpoint: Checkpoint, interface: Interface, dims: Dims, precisions: list[Precision]) -> Arrays:
     """Return the arrays of selftest.npz: one small unsharpened case of each mask family."""
-    sizes = dims.batch.clip(4), dims.x_len.clip(7), dims.context_len.clip(5)
+    sizes = dims["batch"].clip(4), dims["x_len"].clip(7), dims["context_len"].clip(5)
     chosen = [f for f in families(checkpoint.spec, interface) if f in ("no mask", "padded", "dead rows", "bias extremes")]
     cases = [Case(family, "plain", *sizes, 7) for family in chosen]
     arrays: Arrays = {}

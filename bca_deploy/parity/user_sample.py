@@ -15,7 +15,8 @@ from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.parity.cases import Case, Family, make_inputs
 from bca_deploy.parity.trial import allowed_error, roundoff_slack
 from bca_deploy.parity.truth import affordable_orders, evaluations, run_module, true_outputs
-from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Dims, Interface, LayerSpec, Precision
+from bca_deploy.signature import Dims
+from bca_deploy.spec import INPUT_NAMES, MASK_NAMES, OUTPUT_NAMES, Interface, LayerSpec, Precision, layer_signature
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -47,7 +48,7 @@ def _read_npz(path: Path) -> Arrays:
     if unknown:
         raise InputError(f"{path}: unknown array {unknown[0]!r}{nearest(unknown[0], (*INPUT_NAMES, *OUTPUT_NAMES))}")
     for name, array in arrays.items():
-        allowed = ["bool"] if name.endswith("mask") else list(_PRECISIONS)
+        allowed = ["bool"] if name in MASK_NAMES else list(_PRECISIONS)
         if array.dtype.name not in allowed:
             raise InputError(f"{path}: {name} has dtype {array.dtype}; allowed: {', '.join(allowed)}")
         if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:  # a view of other bytes, as it was saved
@@ -57,12 +58,11 @@ def _read_npz(path: Path) -> Arrays:
 
 def inputs_of(arrays: Arrays, spec: LayerSpec, interface: Interface) -> Arrays:
     """Return the inputs that the exported model takes; a mask that was not given is all true, a bias zero."""
-    shapes = {"batch": arrays["x"].shape[0], "x_len": arrays["x"].shape[1], "context_len": arrays["context"].shape[1]}
+    sizes = {"batch": arrays["x"].shape[0], "x_len": arrays["x"].shape[1], "context_len": arrays["context"].shape[1]}
     found: Arrays = {}
-    for name, axes in interface.inputs(spec).items():
-        shape = tuple(axis if isinstance(axis, int) else shapes[axis] for axis in axes)
-        blank = np.ones(shape, dtype=bool) if name.endswith("mask") else np.zeros(shape, dtype=np.float32)
-        found[name] = np.broadcast_to(arrays.get(name, blank), shape).copy()
+    for tensor in layer_signature(spec, interface).inputs:
+        blank = np.array(tensor.fill or 0, dtype=tensor.dtype)
+        found[tensor.name] = np.broadcast_to(arrays.get(tensor.name, blank), tensor.shape(sizes)).copy()
     return found
 
 
@@ -72,9 +72,9 @@ def fit(arrays: Arrays, spec: LayerSpec, interface: Interface) -> None:
     Raises:
         InputError: an input that the model will not have, a wrong shape.
     """
-    axes = interface.inputs(spec)
+    taken = {tensor.name for tensor in layer_signature(spec, interface).inputs}
     for name in INPUT_NAMES:
-        if name in arrays and name not in axes:
+        if name in arrays and name not in taken:
             raise InputError(f"the sample has {name}, but the export has no such input; add it (see --help) or leave it out")
     for name, width in (("x", spec.dim), ("context", spec.context_dim)):
         if arrays[name].ndim != 3 or arrays[name].shape[2] != width or 0 in arrays[name].shape:
@@ -119,7 +119,7 @@ def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], peers: list[NDA
 def from_module(module: nn.Module, spec: LayerSpec, interface: Interface, dims: Dims) -> Arrays:
     """Return a sample that a float32 copy of the live module makes on CPU; the module itself is left alone."""
     family: Family = "padded" if interface.mask or interface.context_mask else "no mask"
-    case = Case(family, "plain", dims.batch.clip(2), dims.x_len.clip(7), dims.context_len.clip(5), seed=11)
+    case = Case(family, "plain", dims["batch"].clip(2), dims["x_len"].clip(7), dims["context_len"].clip(5), seed=11)
     inputs = make_inputs(case, spec, interface, "fp32")
     outputs = run_module(copy.deepcopy(module).cpu().float().eval(), inputs, interface, torch.float32)
     return inputs | {name: array.astype(np.float32) for name, array in outputs.items()}

@@ -8,33 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, repeat
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, get_args
 
 import numpy as np
 
 from bca_deploy import optional
-from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import BcaError, InputError, ServerError
 from bca_deploy.forks import Home
 from bca_deploy.serving.protocol import DATATYPE, NUMPY
 from bca_deploy.session import arrays
-from bca_deploy.session.contract import Contract, Pair
-from bca_deploy.spec import Axis
+from bca_deploy.session.contract import Pair, bind, converted, numpy_dtype
+from bca_deploy.signature import DType, Tensor
 
-#: The server's own limits are not in the protocol's metadata; it says them when a size is refused.
 _LARGEST = 2**31 - 1
-_SIZES: Any = SimpleNamespace(min=0, max=_LARGEST)
-_DIMS: Any = SimpleNamespace(batch=_SIZES, x_len=_SIZES, context_len=_SIZES)
-_AXES = {
-    "x": ("batch", "x_len"),
-    "context": ("batch", "context_len"),
-    "mask": ("batch", "x_len"),
-    "context_mask": ("batch", "context_len"),
-    "out": ("batch", "x_len"),
-    "context_out": ("batch", "context_len"),
-}
-_PAIRS: tuple[Axis, ...] = ("x_len", "context_len")
 _URL = re.compile(r"(grpcs?)://((?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5}))")
 
 
@@ -42,9 +29,8 @@ _URL = re.compile(r"(grpcs?)://((?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,
 class _Model:
     """What the server says of the model."""
 
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    contract: Contract
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
 
 
 class RemoteSession:
@@ -98,17 +84,18 @@ class RemoteSession:
         """Run the model on the server; arguments and results as for the session.
 
         Raises:
-            InputError: what is wrong with which input; most of it is found before anything is sent.
+            InputError: what is wrong with which input, in the session's words: names, dtypes and masks are looked at before
+                anything is sent, sizes by the server, which alone knows its limits.
             ServerError: the server cannot be reached, is busy, took too long or failed.
             BcaError: the session is closed, or was made before a fork.
         """
         self._check_open()
-        return tuple(self._run(self._model().contract.bind(args, named), cast).values())
+        return tuple(self._run(self._bound(args, named), cast).values())
 
     def run(self, inputs: Mapping[str, Any], *, cast: bool = False) -> dict[str, Any]:
         """Return the outputs by name; arguments and errors as for calling the session."""
         self._check_open()
-        return self._run(self._model().contract.bind((), inputs), cast)
+        return self._run(self._bound((), inputs), cast)
 
     def run_many(self, pairs: Iterable[Pair], *, cast: bool = False) -> list[tuple[Any, ...]]:
         """Return the outputs of many pairs, in order: 16 are asked for at once, and the server puts together what it likes.
@@ -125,12 +112,12 @@ class RemoteSession:
         return await asyncio.to_thread(self, *args, cast=cast, **named)
 
     @property
-    def inputs(self) -> tuple[TensorEntry, ...]:
-        """What the model takes, in order; asked of the server once."""
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the model takes, in order; asked of the server once. The protocol names no axis: one that varies is ``?``."""
         return self._model().inputs
 
     @property
-    def outputs(self) -> tuple[TensorEntry, ...]:
+    def outputs(self) -> tuple[Tensor, ...]:
         """What it gives, in order."""
         return self._model().outputs
 
@@ -163,7 +150,10 @@ class RemoteSession:
             lambda: self._client.get_model_metadata(self._name, headers=self._headers, client_timeout=self._deadline_s)
         )
         inputs, outputs = (tuple(map(_entry, tensors)) for tensors in (found.inputs, found.outputs))
-        return _Model(inputs, outputs, Contract(inputs, _DIMS))
+        return _Model(inputs, outputs)
+
+    def _bound(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        return bind([tensor.name for tensor in self.inputs], args, named)
 
     def _run_pair(self, index: int, pair: Pair, cast: bool) -> tuple[Any, ...]:
         try:
@@ -173,8 +163,8 @@ class RemoteSession:
 
     def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
         taken = {name: arrays.as_array(name, value) for name, value in given.items()}
-        ready = self._model().contract.check(taken, cast)
-        sent = [self._input(name, ready[name]) for name in ready if name in given]
+        dtypes = {tensor.name: numpy_dtype(tensor.dtype) for tensor in self.inputs}
+        sent = [self._input(name, converted(name, dtypes[name], array, cast)) for name, array in taken.items()]
         result = self._asked(
             lambda: self._client.infer(self._name, sent, headers=self._headers, client_timeout=self._deadline_s)
         )
@@ -279,13 +269,9 @@ def _channel(attempts: int) -> list[tuple[str, Any]]:
     ]
 
 
-def _entry(tensor: Any) -> TensorEntry:
-    if tensor.datatype not in NUMPY:
-        raise ServerError(f"{tensor.name} is {tensor.datatype}, so this model is no bidirectional cross-attention")
-    named = _AXES.get(tensor.name, ("batch",) if len(tensor.shape) == 4 else ())
-    axes = (*named, *_PAIRS) if tensor.name in ("rel_pos_bias", "attn", "context_attn") else named
-    sizes = [int(size) for size in tensor.shape]
-    names = iter(axes)
-    return TensorEntry(
-        name=tensor.name, dtype=NUMPY[tensor.datatype], axes=tuple(size if size > 0 else next(names, "batch") for size in sizes)
-    )
+def _entry(tensor: Any) -> Tensor:
+    known: dict[str | None, DType] = {name: name for name in get_args(DType)}
+    dtype = known.get(NUMPY.get(tensor.datatype))
+    if dtype is None:
+        raise ServerError(f"{tensor.name} is {tensor.datatype}; models here have {', '.join(get_args(DType))}")
+    return Tensor(tensor.name, dtype, tuple(int(size) if int(size) > 0 else "?" for size in tensor.shape))

@@ -17,7 +17,7 @@ from typing import Any
 from bca_deploy.errors import InputError
 from bca_deploy.optional import missing
 from bca_deploy.serving.queue import Batcher, Limits, queue_collector
-from bca_deploy.session.contract import numpy_dtype, shape_of
+from bca_deploy.session.contract import numpy_dtype
 from bca_deploy.session.metrics import prometheus_collector
 from bca_deploy.session.session import Session, open_session
 from bca_deploy.spec import Precision
@@ -280,7 +280,6 @@ def suitable_batch(session: Session) -> int:
 
 def largest_request(session: Session) -> int:
     """Return the bytes of the largest request that the bundle allows, and room for what goes around the tensors."""
-    dims = session.dims
-    sizes = {"batch": dims.batch.max, "x_len": dims.x_len.max, "context_len": dims.context_len.max}
-    counts = (math.prod(shape_of(t.axes, sizes)) * numpy_dtype(t.dtype).itemsize for t in session.inputs)
+    sizes = session.dims.at("max")
+    counts = (math.prod(t.shape(sizes)) * numpy_dtype(t.dtype).itemsize for t in session.inputs)
     return sum(counts) + 64 * 1024

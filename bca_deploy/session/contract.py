@@ -1,93 +1,59 @@
 """What a model takes, checked before the call: names, dtypes, ranks, sizes. The one place where a request is refused."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.errors import InputError, nearest
-from bca_deploy.spec import Axis, DimRange, Dims
+from bca_deploy.signature import Axis, DimRange, Dims, Signature, Tensor
 
 if TYPE_CHECKING:
-    from bca_deploy.bundle.manifest import TensorEntry
     from bca_deploy.session.backends.cuda import DeviceArray
 
 Array = NDArray[Any]
 AnyArray: TypeAlias = "Array | DeviceArray"
-#: One request of ``run_many``: ``(x, context)``, or with masks ``(x, context, mask, context_mask)``.
+#: One request of ``run_many``: the inputs in the model's order, as many as there are to give.
 Pair = Sequence[Any]
 
-_OPTIONAL = ("mask", "context_mask")
-#: The mask that says what is padding along an axis.
-_MASK_OF = {"x_len": "mask", "context_len": "context_mask"}
 #: Accepted shapes that are remembered.
 _MOST_SHAPES = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class _Input:
-    name: str
-    dtype: np.dtype[Any]
-    axes: tuple[Axis, ...]
-    optional: bool
 
 
 class Contract:
     """The inputs of one model.
 
     Args:
-        tensors: the model's inputs, in order.
-        dims: the sizes that the named dimensions may take.
-        profiles: the combinations of sizes, where not every one within ``dims`` will do.
+        signature: what it takes.
+        profiles: the combinations of sizes, where not every one within the signature's ranges will do.
     """
 
-    def __init__(self, tensors: "Iterable[TensorEntry]", dims: Dims, profiles: tuple[Dims, ...] = ()) -> None:
-        self._inputs = [_Input(t.name, numpy_dtype(t.dtype), t.axes, t.name in _OPTIONAL) for t in tensors]
-        self.names = tuple(entry.name for entry in self._inputs)
-        self._dtypes = [(entry.name, entry.dtype) for entry in self._inputs]
+    def __init__(self, signature: Signature, profiles: tuple[Dims, ...] = ()) -> None:
+        self._signature, self._profiles = signature, profiles
+        self.names = tuple(tensor.name for tensor in signature.inputs)
+        self._dtypes = {tensor.name: numpy_dtype(tensor.dtype) for tensor in signature.inputs}
+        self._bools = tuple(tensor.name for tensor in signature.inputs if tensor.dtype == "bool")
         self._accepted: set[tuple[tuple[int, ...], ...]] = set()
-        self._ranges: dict[str, DimRange] = {name: getattr(dims, name) for name in ("batch", "x_len", "context_len")}
-        self._profiles = profiles
-        # Padding that no mask tells of would be attended to.
-        self._pad = "pad and mask the padding, " if set(_OPTIONAL) <= set(self.names) else ""
-        self._bools = tuple(entry.name for entry in self._inputs if entry.dtype == np.bool_)
 
     def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs by name; ``None`` counts as not given.
-
-        Raises:
-            InputError: too many, given twice, or unknown.
-        """
-        if len(args) > len(self.names):
-            raise InputError(f"{len(args)} inputs by position, but the model takes {len(self.names)}: {', '.join(self.names)}")
-        given = {name: value for name, value in zip(self.names, args, strict=False) if value is not None}
-        for name, value in named.items():
-            if value is None:
-                continue
-            if name not in self.names:
-                raise InputError(
-                    f"the model has no input {name!r}{nearest(name, self.names)}; it takes {', '.join(self.names)}"
-                )
-            if name in given:
-                raise InputError(f"input {name} is given twice, by position and by name")
-            given[name] = value
-        return given
+        """Return the inputs by name, as :func:`bind` does."""
+        return bind(self.names, args, named)
 
     def check(self, given: Mapping[str, AnyArray], cast: bool = False) -> dict[str, AnyArray]:
-        """Return every input as the model takes it; masks that were not given are all true.
+        """Return every input as the model takes it; one that may be left out, and was, holds its fill.
 
         Args:
             given: arrays by name, on the CPU or the GPU.
-            cast: turn other floating-point dtypes, and masks of 0 and 1, into the model's dtypes.
+            cast: turn other floating-point dtypes, other integers, and masks of 0 and 1, into the model's dtypes.
 
         Raises:
             InputError: naming the input, the axis, what it got, what is allowed and the way out.
         """
         shapes = self._shapes(given)
         if shapes in self._accepted:
-            self._check_bools(given)
+            for name in self._bools:
+                _check_bytes(name, given[name])
             return dict(given)
         ready = self._checked(given, cast)
         if shapes is not None and len(self._accepted) < _MOST_SHAPES:
@@ -101,7 +67,7 @@ class Contract:
         has filled the caches with its weights.
         """
         found = []
-        for name, dtype in self._dtypes:
+        for name, dtype in self._dtypes.items():
             array = given.get(name)
             if array is None or array.dtype != dtype:
                 return None
@@ -110,78 +76,69 @@ class Contract:
 
     def _checked(self, given: Mapping[str, AnyArray], cast: bool) -> dict[str, AnyArray]:
         sizes = self._sizes(given)  # of all, before anything is made of any
-        self._check_bools(given)
         ready: dict[str, AnyArray] = {}
-        for entry in self._inputs:
-            array = given.get(entry.name)
+        for tensor in self._signature.inputs:
+            array, dtype = given.get(tensor.name), self._dtypes[tensor.name]
             if array is None:
-                ready[entry.name] = np.ones(shape_of(entry.axes, sizes), np.bool_)
+                ready[tensor.name] = np.full(tensor.shape(sizes), tensor.fill, dtype)
             else:
-                ready[entry.name] = array if array.dtype == entry.dtype else self._cast(entry, array, cast)
+                ready[tensor.name] = converted(tensor.name, dtype, array, cast)
         return ready
-
-    def _check_bools(self, given: Mapping[str, AnyArray]) -> None:
-        """Refuse a byte that is neither 0 nor 1, as views make them: a kernel may take it for either. On the GPU nobody looks.
-
-        By way of bytes, as a maximum of numpy's takes longer to begin than most masks to be read.
-        """
-        for name in self._bools:
-            array = given.get(name)
-            if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
-                continue
-            if others := array.tobytes().translate(None, b"\0\1"):
-                raise InputError(
-                    f"input {name}: a bool is one byte of 0 or 1, and here is one of {others[0]}; write 1 where it is true"
-                )
 
     def _sizes(self, given: Mapping[str, AnyArray]) -> dict[str, int]:
         """Return the size of each named dimension, checked against everything that is known of it."""
         found: dict[str, tuple[int, str]] = {}
-        for entry in self._inputs:
-            array = given.get(entry.name)
+        for tensor in self._signature.inputs:
+            array = given.get(tensor.name)
             if array is not None:
-                self._check_shape(entry, array.shape, found)
-            elif not entry.optional:
-                raise InputError(f"input {entry.name} is missing; the model takes {', '.join(self.names)}")
+                self._check_shape(tensor, array.shape, found)
+            elif tensor.fill is None:
+                raise InputError(f"input {tensor.name} is missing; the model takes {', '.join(self.names)}")
         sizes = {name: size for name, (size, _) in found.items()}
         if self._profiles and not any(profile.holds(sizes) for profile in self._profiles):
-            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise InputError(
-                f"no optimization profile of the engine holds {got}; it has {'; or '.join(map(str, self._profiles))}; "
-                f"{self._pad}split the batch, or build the engine with a profile for it"
-            )
+            self._refuse_profiles(sizes)
         return sizes
 
-    def _check_shape(self, entry: _Input, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
-        if len(shape) != len(entry.axes):
+    def _refuse_profiles(self, sizes: Mapping[str, int]) -> None:
+        got = ", ".join(f"{name} {sizes[name]}" for name in self._signature.dims)
+        # Padding that no mask tells of would be attended to.
+        pad = "pad and mask the padding, " if set(self._signature.masks) == set(self._signature.lengths) else ""
+        split = "split the batch, or " if self._signature.batch else ""
+        raise InputError(
+            f"no optimization profile of the engine holds {got}; it has {'; or '.join(map(str, self._profiles))}; "
+            f"{pad}{split}build the engine with a profile for it"
+        )
+
+    def _check_shape(self, tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+        if len(shape) != len(tensor.axes):
             raise InputError(
-                f"input {entry.name} has {len(shape)} axes {list(shape)}, and needs {len(entry.axes)}: {_shown(entry.axes)}"
+                f"input {tensor.name} has {len(shape)} axes {list(shape)}, and needs {len(tensor.axes)}: {_shown(tensor.axes)}"
             )
-        for index, (axis, size) in enumerate(zip(entry.axes, shape, strict=True)):
+        for index, (axis, size) in enumerate(zip(tensor.axes, shape, strict=True)):
             if isinstance(axis, int):
                 if size != axis:
-                    raise InputError(f"input {entry.name}: axis {index} is {size}, and must be {axis}: {_shown(entry.axes)}")
+                    raise InputError(f"input {tensor.name}: axis {index} is {size}, and must be {axis}: {_shown(tensor.axes)}")
                 continue
             known = sizes.get(axis)
             if known is None:
-                self._check_range(entry, index, axis, size)
-                sizes[axis] = (size, entry.name)
+                self._check_range(tensor, index, axis, size)
+                sizes[axis] = (size, tensor.name)
             elif known[0] != size:
                 raise InputError(
-                    f"input {entry.name}: axis {index} ({axis}) is {size}, but {known[1]} has {known[0]}; they must agree"
+                    f"input {tensor.name}: axis {index} ({axis}) is {size}, but {known[1]} has {known[0]}; they must agree"
                 )
 
-    def _check_range(self, entry: _Input, index: int, axis: str, size: int) -> None:
-        allowed = self._ranges[axis]
+    def _check_range(self, tensor: Tensor, index: int, axis: str, size: int) -> None:
+        allowed = self._signature.dims[axis]
         if not allowed.min <= size <= allowed.max:
             raise InputError(
-                f"input {entry.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; "
+                f"input {tensor.name}: axis {index} ({axis}) is {size}, allowed {allowed.min} to {allowed.max}; "
                 f"{self._way_out(axis, size, allowed)}"
             )
 
     def _way_out(self, axis: str, size: int, allowed: DimRange) -> str:
         """Return what to do, and the answers are the same: the entries of a batch are apart, the rows of a sequence are not."""
-        batch = axis == "batch"
+        batch = axis == self._signature.batch
         again = "build the engine with a profile for it" if self._profiles else "export again with wider dims"
         if size < 1:
             return "an empty batch has nothing to run" if batch else "nothing attends to an empty sequence; leave its entry out"
@@ -190,33 +147,71 @@ class Contract:
             return f"split the batch, or {again}" if batch else f"{no}; {again}"
         if batch:
             return f"add entries and drop their outputs, or {again}"
-        return f"pad it and mask the padding, or {again}" if _MASK_OF[axis] in self.names else again
-
-    def _cast(self, entry: _Input, array: AnyArray, cast: bool) -> Array:
-        mask = entry.dtype == np.bool_
-        possible = array.dtype.kind in "iu" if mask else array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-        if not cast or not possible or not isinstance(array, np.ndarray):
-            way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
-            hint = way_out if possible else ""
-            raise InputError(f"input {entry.name} has dtype {array.dtype}, and needs {entry.dtype}{hint}")
-        if mask and (others := array[(array != 0) & (array != 1)]).size:
-            raise InputError(f"input {entry.name}: a mask of integers must hold 0 and 1 alone, and it holds {others[0]}")
-        with np.errstate(over="ignore"):  # checked below, with a better message
-            converted = array.astype(entry.dtype)
-        if not mask and (over := np.isfinite(array) & ~np.isfinite(converted)).any():
-            largest = np.abs(array[over]).max()
-            raise InputError(f"input {entry.name} holds {largest:.3g}, more than {entry.dtype} can; scale it down")
-        return converted
+        return f"pad it and mask the padding, or {again}" if axis in self._signature.masks else again
 
 
-def shape_of(axes: tuple[Axis, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return a tensor's shape: a number is fixed, a name stands for its size."""
-    return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes)
+def bind(names: Sequence[str], args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by the names of the inputs; ``None`` counts as not given.
+
+    Raises:
+        InputError: too many, given twice, or unknown.
+    """
+    if len(args) > len(names):
+        raise InputError(f"{len(args)} inputs by position, but the model takes {len(names)}: {', '.join(names)}")
+    given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
+    for name, value in named.items():
+        if value is None:
+            continue
+        if name not in names:
+            raise InputError(f"the model has no input {name!r}{nearest(name, names)}; it takes {', '.join(names)}")
+        if name in given:
+            raise InputError(f"input {name} is given twice, by position and by name")
+        given[name] = value
+    return given
 
 
-def sizes_of(inputs: "Mapping[str, AnyArray]") -> dict[str, int]:
-    """Return the size of each named dimension of a checked call."""
-    return {"batch": inputs["x"].shape[0], "x_len": inputs["x"].shape[1], "context_len": inputs["context"].shape[1]}
+def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool) -> AnyArray:
+    """Return an input in the model's element type: itself where it has that already.
+
+    Args:
+        name: for the error.
+        dtype: the model's.
+        array: as it was given.
+        cast: turn other floating-point dtypes, other integers, and masks of 0 and 1, into the model's.
+
+    Raises:
+        InputError: another dtype, a value that the model's cannot hold, or a bool of another byte than 0 and 1.
+    """
+    if array.dtype == dtype:
+        if dtype == np.bool_:
+            _check_bytes(name, array)
+        return array
+    kind = "f" if array.dtype.name == "bfloat16" else array.dtype.kind
+    possible = kind in {"b": "iu", "i": "iu"}.get(dtype.kind, "f")
+    if not cast or not possible or not isinstance(array, np.ndarray):
+        way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
+        raise InputError(f"input {name} has dtype {array.dtype}, and needs {dtype}{way_out if possible else ''}")
+    if dtype.kind == "b" and (others := array[(array != 0) & (array != 1)]).size:
+        raise InputError(f"input {name}: a mask of integers must hold 0 and 1 alone, and it holds {others[0]}")
+    with np.errstate(over="ignore"):  # checked below, with a better message
+        made = array.astype(dtype)
+    if dtype.kind == "i" and (others := array[made != array]).size:
+        raise InputError(f"input {name} holds {others[0]}, more than {dtype} can")
+    if kind == "f" and (over := np.isfinite(array) & ~np.isfinite(made)).any():
+        largest = np.abs(array[over]).max()
+        raise InputError(f"input {name} holds {largest:.3g}, more than {dtype} can; scale it down")
+    return made
+
+
+def _check_bytes(name: str, array: AnyArray) -> None:
+    """Refuse a byte that is neither 0 nor 1, as views make them: a kernel may take it for either. On the GPU nobody looks.
+
+    By way of bytes, as a maximum of numpy's takes longer to begin than most masks to be read.
+    """
+    if isinstance(array, np.ndarray) and (others := array.tobytes().translate(None, b"\0\1")):
+        raise InputError(
+            f"input {name}: a bool is one byte of 0 or 1, and here is one of {others[0]}; write 1 where it is true"
+        )
 
 
 def _shown(axes: tuple[Axis, ...]) -> str:

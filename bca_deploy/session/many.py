@@ -1,6 +1,7 @@
 """Many pairs of different lengths: padded into batches where a GPU likes that, side by side on single threads on a CPU."""
 
 import contextvars
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 from bca_deploy.errors import InputError
 from bca_deploy.forks import ForkLock
 from bca_deploy.session.backends.backend import Backend
-from bca_deploy.session.contract import sizes_of
-from bca_deploy.session.padding import cut, grouped, stacked
+from bca_deploy.session.padding import Sizes, cut, grouped, stacked, together
 
 Array = NDArray[Any]
 #: The checked inputs of one request by name.
@@ -29,52 +29,51 @@ ALONE_ROWS = 768
 
 
 @dataclass(frozen=True)
-class Size:
-    """What one pair costs.
+class Load:
+    """What one request costs.
 
     Attributes:
         index: its place among the requests.
-        batch: pairs in it.
-        x_len: length of ``x``.
-        context_len: length of ``context``.
+        entries: in its batch.
+        lengths: of its sequences.
         width: features of a row, for the cost.
     """
 
     index: int
-    batch: int
-    x_len: int
-    context_len: int
+    entries: int
+    lengths: tuple[int, ...]
     width: int
 
     @property
     def rows(self) -> int:
-        """Rows of both sequences."""
-        return self.batch * (self.x_len + self.context_len)
+        """Rows of all its sequences."""
+        return self.entries * sum(self.lengths)
 
     @property
     def cost(self) -> float:
-        """Multiplications, up to a factor: projections go with the rows, attention with the product of the lengths."""
-        return self.batch * ((self.x_len + self.context_len) * 2.0 * self.width + 2.0 * self.x_len * self.context_len)
+        """Multiplications, up to a factor: projections go with the rows, attention with the products of two lengths."""
+        products = sum(one * other for one, other in itertools.combinations(self.lengths, 2))
+        return self.entries * (sum(self.lengths) * 2.0 * self.width + 2.0 * products)
 
 
-def schedule(sizes: Sequence[Size], workers: int) -> tuple[list[int], list[int]]:
+def schedule(loads: Sequence[Load], workers: int) -> tuple[list[int], list[int]]:
     """Say which requests to run one after another on all threads, and which side by side on one thread each.
 
     Side by side is the more efficient for small requests, as long as the workers end together. So the largest are taken out,
     to be run on all threads, until the rest can be dealt out evenly (within a tenth; longest first, Graham's rule).
 
     Args:
-        sizes: of the requests.
+        loads: of the requests.
         workers: threads.
 
     Returns:
         Indices for all threads together, and indices for one thread each, longest first.
     """
-    rest = sorted(sizes, key=lambda size: -size.cost)
-    together: list[int] = []
-    while rest and (rest[0].rows > ALONE_ROWS or not _even([size.cost for size in rest], workers)):
-        together.append(rest.pop(0).index)
-    return together, [size.index for size in rest]
+    rest = sorted(loads, key=lambda load: -load.cost)
+    in_turn: list[int] = []
+    while rest and (rest[0].rows > ALONE_ROWS or not _even([load.cost for load in rest], workers)):
+        in_turn.append(rest.pop(0).index)
+    return in_turn, [load.index for load in rest]
 
 
 def _even(costs: list[float], workers: int) -> bool:
@@ -105,12 +104,13 @@ class Many:
         executor: Callable[[], ThreadPoolExecutor],
         count_padding: Callable[[int], None],
     ) -> None:
-        self._backend, self._width, self._workers = backend, width, workers
+        self._backend, self._width, self._workers, self._signature = backend, width, workers, backend.signature
         self._timed, self._executor, self._count_padding = timed, executor, count_padding
         self._lock, self._running = ForkLock(), 0
 
-    def _sizes(self, ready: Sequence[Prepared]) -> list[Size]:
-        return [Size(index, width=self._width, **sizes_of(one)) for index, one in enumerate(ready)]
+    def _load(self, index: int, sizes: Sizes) -> Load:
+        lengths = tuple(sizes[name] for name in self._signature.lengths)
+        return Load(index, self._signature.entries(sizes), lengths, self._width)
 
     def side_by_side(self, ready: list[Prepared]) -> list[Outputs]:
         """Return the outputs of each pair: the large ones on all threads in turn, the others on one thread each.
@@ -127,8 +127,9 @@ class Many:
                 self._running -= 1
 
     def _side_by_side(self, ready: list[Prepared], workers: int) -> list[Outputs]:
-        together, alone = schedule(self._sizes(ready), workers)
-        outputs: dict[int, Outputs] = {i: self._timed(self._backend.run, ready[i]) for i in together}
+        loads = [self._load(index, self._signature.sizes(one)) for index, one in enumerate(ready)]
+        in_turn, alone = schedule(loads, workers)
+        outputs: dict[int, Outputs] = {i: self._timed(self._backend.run, ready[i]) for i in in_turn}
         waiting = deque(alone)
 
         def work() -> None:
@@ -157,25 +158,27 @@ class Many:
         Raises:
             InputError: the model cannot be padded.
         """
-        self._check_padding(ready)
+        sizes = {index: self._signature.sizes(one) for index, one in enumerate(ready)}
+        self._check_padding(list(sizes.values()))
         outputs: list[Outputs] = [{} for _ in ready]
-        sizes = self._sizes(ready)
-        shapes = {size.index: (size.batch, size.x_len, size.context_len) for size in sizes}
-        for group in grouped(shapes, self._backend.profiles or (self._backend.dims,)):
-            members = [ready[index] for index in group]
-            batch = stacked(members)
-            (whole,) = self._sizes([batch])
-            self._count_padding(whole.rows - sum(sizes[index].rows for index in group))
-            for index, own in zip(group, cut(self._timed(self._backend.run, batch), members), strict=True):
-                outputs[index] = own
+        for group in grouped(sizes, self._signature, self._backend.profiles or (self._signature.dims,)):
+            own = [sizes[index] for index in group]
+            run = together(own, self._signature)
+            self._count_padding(self._signature.rows(run) - sum(map(self._signature.rows, own)))
+            whole = self._timed(self._backend.run, stacked([ready[index] for index in group], self._signature))
+            for index, part in zip(group, cut(whole, own, self._signature), strict=True):
+                outputs[index] = part
         return outputs
 
-    def _check_padding(self, ready: list[Prepared]) -> None:
-        lengths = {(r["x"].shape[1], r["context"].shape[1]) for r in ready}
-        names = {tensor.name for tensor in self._backend.inputs}
-        if len(lengths) > 1 and not {"mask", "context_mask"} <= names:
+    def _check_padding(self, sizes: list[Sizes]) -> None:
+        signature = self._signature
+        mixed = any(len({one[name] for one in sizes}) > 1 for name in signature.lengths)
+        if (other := signature.not_stackable) is not None:
+            raise InputError(
+                f"requests cannot be padded into a batch: {other.name} {list(other.axes)} does not begin with the batch, or "
+                "has two lengths; use policy='alone'"
+            )
+        if mixed and not signature.pads:
             raise InputError(
                 "pairs of different lengths cannot be padded without masks; export with both masks, or policy='alone'"
             )
-        if "rel_pos_bias" in names or "attn" in {tensor.name for tensor in self._backend.outputs}:
-            raise InputError("pairs with a position bias or attention maps cannot be padded; use policy='alone'")

@@ -1,7 +1,7 @@
 """Counts and latencies of a session, cheap enough for every call."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -20,8 +20,8 @@ class Metrics:
     Attributes:
         calls: finished calls; ``failures`` of them raised.
         failures: calls that raised.
-        pairs: pairs of sequences, over all calls.
-        rows: rows of both sequences, padding included.
+        pairs: entries of the batches, over all calls: pairs of sequences.
+        rows: rows of all their sequences, padding included.
         padded_rows: rows that ``run_many`` added.
         seconds: time spent in calls, summed over threads.
         histogram: calls by latency, one count for each of ``BOUNDS_MS`` and one for what is slower.
@@ -44,18 +44,14 @@ class Call:
         start_ns: when it began, in nanoseconds since the epoch.
         end_ns: when it ended.
         backend: what it ran on.
-        batch: pairs of sequences in it.
-        x_len: length of ``x``, padding included.
-        context_len: length of ``context``, padding included.
+        sizes: of each named dimension, padding included.
         failed: whether it raised.
     """
 
     start_ns: int
     end_ns: int
     backend: str
-    batch: int
-    x_len: int
-    context_len: int
+    sizes: Mapping[str, int]
     failed: bool
 
 

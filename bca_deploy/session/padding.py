@@ -1,4 +1,7 @@
-"""Requests of different lengths in one padded run: which, how, and apart again; for `run_many` and for Triton's front."""
+"""Requests of different lengths in one padded run: which, how, and apart again; for `run_many` and for Triton's front.
+
+Only for what :attr:`bca_deploy.signature.Signature.pads` allows.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -6,75 +9,88 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bca_deploy.spec import Dims
+from bca_deploy.signature import Dims, Signature
 
 Arrays = dict[str, NDArray[Any]]
-#: Batch, length of ``x``, length of ``context``.
-Shape = tuple[int, int, int]
-
-#: The input that each output is as long as.
-_LENGTHS = {"out": "x", "context_out": "context"}
+#: Of each named dimension.
+Sizes = Mapping[str, int]
 
 #: Of all rows of a run, at most this share is padding.
 PADDING = 0.25
 
 
-def grouped(shapes: Mapping[int, Shape], profiles: Sequence[Dims]) -> list[list[int]]:
+def grouped(requests: Mapping[int, Sizes], signature: Signature, profiles: Sequence[Dims]) -> list[list[int]]:
     """Return the requests of each run, every request once.
 
-    Sorted by one length the other is mixed, so requests are put into bands of similar ``x`` and sorted by ``context`` there:
-    64 pairs of independent lengths, 16 to 512, at most 8 in a run, take 12 runs instead of 19 (mean of 50 draws). How many
-    bands are best depends on the lengths; a few are tried.
+    Sorted by one length the others are mixed, so requests are put into bands of a similar first length and sorted by the
+    others there: 64 pairs of independent lengths, 16 to 512, at most 8 in a run, take 12 runs instead of 19 (mean of 50
+    draws). How many bands are best depends on the lengths; a few are tried.
 
     Args:
-        shapes: of the requests.
+        requests: the sizes of each.
+        signature: of the model.
         profiles: what one run may hold: each fits one of them.
     """
-    return min((_banded(shapes, profiles, bands) for bands in (1, 2, 3)), key=len)
+    return min((_banded(requests, signature, profiles, bands) for bands in (1, 2, 3)), key=len)
 
 
-def _banded(shapes: Mapping[int, Shape], profiles: Sequence[Dims], bands: int) -> list[list[int]]:
-    longest = max((x_len for _, x_len, _ in shapes.values()), default=1)
+def _banded(requests: Mapping[int, Sizes], signature: Signature, profiles: Sequence[Dims], bands: int) -> list[list[int]]:
+    first, others = signature.lengths[:1], signature.lengths[1:]
+    longest = max((sizes[name] for sizes in requests.values() for name in first), default=1)
 
-    def order(index: int) -> tuple[int, int, int]:
-        _, x_len, context_len = shapes[index]
-        return (x_len - 1) * bands // longest, context_len, x_len
+    def order(index: int) -> tuple[int, ...]:
+        sizes = requests[index]
+        band = [(sizes[name] - 1) * bands // longest for name in first]
+        return (*band, *(sizes[name] for name in (*others, *first)))
 
     groups: list[list[int]] = []
-    for index in sorted(shapes, key=order):
-        if not (groups and _fits([shapes[i] for i in (*groups[-1], index)], profiles)):
+    for index in sorted(requests, key=order):
+        if not (groups and _fits([requests[i] for i in (*groups[-1], index)], signature, profiles)):
             groups.append([])
         groups[-1].append(index)
     return groups
 
 
-def _fits(shapes: Iterable[Shape], profiles: Sequence[Dims]) -> bool:
-    batches, x_lens, context_lens = zip(*shapes, strict=True)
-    run = {"batch": sum(batches), "x_len": max(x_lens), "context_len": max(context_lens)}
-    full = run["batch"] * (run["x_len"] + run["context_len"])
-    real = sum(b * (n + m) for b, n, m in zip(batches, x_lens, context_lens, strict=True))
+def _fits(requests: Sequence[Sizes], signature: Signature, profiles: Sequence[Dims]) -> bool:
+    run = together(requests, signature)
+    full, real = signature.rows(run), sum(map(signature.rows, requests))
     return full - real <= PADDING * full and any(profile.holds(run) for profile in profiles)
 
 
-def stacked(group: Sequence[Mapping[str, NDArray[Any]]]) -> Arrays:
+def together(requests: Sequence[Sizes], signature: Signature) -> dict[str, int]:
+    """Return the sizes of one run of several requests: their entries, and the longest of each length."""
+    run = {name: max(sizes[name] for sizes in requests) for name in signature.lengths}
+    return run if signature.batch is None else {signature.batch: sum(map(signature.entries, requests)), **run}
+
+
+def stacked(group: Sequence[Mapping[str, NDArray[Any]]], signature: Signature) -> Arrays:
     """Return the checked inputs of several requests as one batch; what is added to the shorter ones is false in the masks."""
-    batch: Arrays = {}
-    for name, first in group[0].items():
-        length = max(ready[name].shape[1] for ready in group)
-        full = np.zeros((sum(len(ready[name]) for ready in group), length, *first.shape[2:]), first.dtype)
-        start = 0
-        for ready in group:
-            full[start : start + len(ready[name]), : ready[name].shape[1]] = ready[name]
-            start += len(ready[name])
-        batch[name] = full
+    sizes = [signature.sizes(ready) for ready in group]
+    run = together(sizes, signature)
+    batch = {t.name: np.zeros(t.shape(run), group[0][t.name].dtype) for t in signature.inputs}
+    for ready, first in zip(group, _starts(sizes, signature), strict=True):
+        for name, full in batch.items():
+            full[_place(ready[name].shape, first)] = ready[name]
     return batch
 
 
-def cut(outputs: Mapping[str, NDArray[Any]], group: Sequence[Mapping[str, NDArray[Any]]]) -> list[Arrays]:
+def cut(outputs: Mapping[str, NDArray[Any]], requests: Sequence[Sizes], signature: Signature) -> list[Arrays]:
     """Return each request's outputs from those of the batch; copies, so that one kept result does not keep the batch."""
-    found, start = [], 0
-    for ready in group:
-        end = start + len(ready["x"])
-        found.append({name: outputs[name][start:end, : ready[of].shape[1]].copy() for name, of in _LENGTHS.items()})
-        start = end
-    return found
+    return [
+        {t.name: outputs[t.name][_place(t.shape(sizes), first)].copy() for t in signature.outputs}
+        for sizes, first in zip(requests, _starts(requests, signature), strict=True)
+    ]
+
+
+def _starts(requests: Iterable[Sizes], signature: Signature) -> list[int]:
+    """Return the first entry of each request in the batch."""
+    starts, end = [], 0
+    for sizes in requests:
+        starts.append(end)
+        end += signature.entries(sizes)
+    return starts
+
+
+def _place(shape: tuple[int, ...], first: int) -> tuple[slice, ...]:
+    """Return where a tensor of one request lies in the batch's."""
+    return (slice(first, first + shape[0]), *(slice(size) for size in shape[1:]))

@@ -42,7 +42,7 @@ def run(session: Session, inputs: dict[str, Array], out: Path, cast: bool, force
     Raises:
         InputError: inputs that do not fit, or an output file that is there already.
     """
-    known = {tensor.name for tensor in session.manifest.models[0].outputs}  # a sample may carry its expected outputs
+    known = {tensor.name for tensor in session.outputs}  # a sample may carry its expected outputs
     if out.exists() and not force:
         raise InputError(f"{out} exists; use --force to replace it, or choose another --output")
     outputs = session.run({name: array for name, array in inputs.items() if name not in known}, cast=cast)

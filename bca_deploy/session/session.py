@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.bundle import selftest
-from bca_deploy.bundle.manifest import SELFTEST_FILE, Manifest, TensorEntry
+from bca_deploy.bundle.manifest import SELFTEST_FILE, Manifest
 from bca_deploy.bundle.read import Bundle, Check
 from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
 from bca_deploy.files import read_arrays
@@ -24,10 +24,11 @@ from bca_deploy.session import arrays, many
 from bca_deploy.session.backends.backend import Backend, Explanation, Options
 from bca_deploy.session.backends.choice import choose
 from bca_deploy.session.backends.cuda import DeviceArray
-from bca_deploy.session.contract import Contract, Pair, numpy_dtype, shape_of, sizes_of
+from bca_deploy.session.contract import Contract, Pair, numpy_dtype
 from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import Call, Meter, Metrics, Observer
-from bca_deploy.spec import Dims, Precision
+from bca_deploy.signature import Dims, Signature, Tensor
+from bca_deploy.spec import Precision
 
 Array = NDArray[Any]
 AnyArray = Array | DeviceArray
@@ -103,8 +104,8 @@ class Session:
     ) -> None:
         self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
         self._reader = arrays.Reader(backend.gpu)
-        self._contract = Contract(backend.inputs, backend.dims, backend.profiles)
-        self._names = tuple(tensor.name for tensor in backend.outputs)
+        self._signature = backend.signature
+        self._contract = Contract(backend.signature, backend.profiles)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()
         self._many = many.Many(
@@ -119,13 +120,14 @@ class Session:
         """Run the model.
 
         Args:
-            *args: ``x [B, N, dim]``, ``context [B, M, context_dim]``, then ``mask [B, N]``, ``context_mask [B, M]`` and
-                ``rel_pos_bias`` where the model has them. Masks that are left out are all true.
-            cast: take other floating-point dtypes, and masks of 0 and 1.
+            *args: the inputs in the order of :attr:`inputs`. For the layer ``x [B, N, dim]``, ``context [B, M, context_dim]``,
+                then ``mask [B, N]``, ``context_mask [B, M]`` and ``rel_pos_bias`` where the model has them; masks that are
+                left out are all true.
+            cast: take other floating-point dtypes, other integers, and masks of 0 and 1.
             **named: the same by name.
 
         Returns:
-            ``out``, ``context_out``, and the attention maps where the model gives them.
+            The outputs in order; for the layer ``out``, ``context_out``, and the attention maps where the model gives them.
 
         Raises:
             InputError: what is wrong with which input, and the way out.
@@ -167,7 +169,7 @@ class Session:
         over the padded values too: mask it in what follows, as always.
 
         Args:
-            pairs: ``(x, context)`` or ``(x, context, mask, context_mask)``, each as for calling the session.
+            pairs: the inputs of each, as for calling the session: ``(x, context)`` or ``(x, context, mask, context_mask)``.
             policy: ``alone`` or ``pad`` instead of what suits the backend.
             cast: as for calling the session.
 
@@ -227,24 +229,24 @@ class Session:
         outputs = await loop.run_in_executor(self._executor(), lambda: context.run(self._run, bound, cast))
         return tuple(outputs.values())
 
-    def warmup(self, shapes: Iterable[tuple[int, int, int]] | None = None) -> None:
-        """Run once for each ``(batch, x_len, context_len)``, in every context, so that later calls find everything ready.
+    def warmup(self, shapes: Iterable[Sequence[int]] | None = None) -> None:
+        """Run once for each shape, in every engine context, so that later calls find everything ready.
 
         Args:
-            shapes: None takes the optimal sizes.
+            shapes: a size for each of :attr:`dims`, in order, such as ``(batch, x_len, context_len)``; None takes the optimal
+                sizes.
 
         Raises:
             InputError: sizes that the model does not take.
         """
         self._check_open()
-        dims = self._backend.dims
-        best = [(dims.batch.opt, dims.x_len.opt, dims.context_len.opt)]
+        best = [tuple(self.dims.at("opt").values())]
         for shape in best if shapes is None else shapes:
-            sizes = dict(zip(("batch", "x_len", "context_len"), shape, strict=True))
+            sizes = self.dims.named(shape)
             # Views of one number: an impossible shape is refused before it takes memory.
             zeros = {
-                tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), shape_of(tensor.axes, sizes))
-                for tensor in self._backend.inputs
+                tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), tensor.shape(sizes))
+                for tensor in self.inputs
             }
             ready = self._ready(zeros, cast=False)
             self._timed(self._backend.warm, {name: np.ascontiguousarray(array) for name, array in ready.items()})
@@ -274,19 +276,24 @@ class Session:
         return self._bundle.manifest
 
     @property
-    def inputs(self) -> tuple[TensorEntry, ...]:
-        """What the model that runs takes, in order."""
-        return self._backend.inputs
+    def signature(self) -> Signature:
+        """What the model that runs takes and gives."""
+        return self._signature
 
     @property
-    def outputs(self) -> tuple[TensorEntry, ...]:
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What it takes, in order."""
+        return self._signature.inputs
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
         """What it gives, in order."""
-        return self._backend.outputs
+        return self._signature.outputs
 
     @property
     def dims(self) -> Dims:
         """The sizes that its named dimensions may take."""
-        return self._backend.dims
+        return self._signature.dims
 
     @property
     def profiles(self) -> tuple[Dims, ...]:
@@ -323,9 +330,10 @@ class Session:
         return _back(self._timed(self._backend.run, ready), given.values())
 
     def _run_on_gpu(self, given: Mapping[str, Any], ready: Mapping[str, AnyArray]) -> dict[str, Any]:
+        sizes = self._signature.sizes(ready)
         made = {
-            tensor.name: self._reader.make(given.values(), self._shape(tensor, ready), numpy_dtype(tensor.dtype))
-            for tensor in self._backend.outputs
+            tensor.name: self._reader.make(given.values(), tensor.shape(sizes), numpy_dtype(tensor.dtype))
+            for tensor in self.outputs
         }
         targets = self._reader.read(made, "output")
         self._timed(lambda inputs: self._backend.run_into(inputs, targets), ready)
@@ -357,31 +365,27 @@ class Session:
             result = run(ready)
             failed = False
         finally:
-            seconds = time.perf_counter() - start
-            batch, rows = ready["x"].shape[0], ready["x"].shape[1] + ready["context"].shape[1]
-            self._meter.add(seconds, batch, batch * rows, failed)
+            seconds, sizes = time.perf_counter() - start, self._signature.sizes(ready)
+            self._meter.add(seconds, self._signature.entries(sizes), self._signature.rows(sizes), failed)
             if self._on_call is not None:
-                self._observe(seconds, ready, failed)
+                self._observe(seconds, sizes, failed)
         return result
 
-    def _observe(self, seconds: float, ready: Mapping[str, AnyArray], failed: bool) -> None:
+    def _observe(self, seconds: float, sizes: dict[str, int], failed: bool) -> None:
         end_ns = time.time_ns()
-        batch, x_len = ready["x"].shape[:2]
-        call = Call(end_ns - round(seconds * 1e9), end_ns, self._backend.name, batch, x_len, ready["context"].shape[1], failed)
+        call = Call(end_ns - round(seconds * 1e9), end_ns, self._backend.name, sizes, failed)
         try:
             if self._on_call is not None:
                 self._on_call(call)
         except Exception:  # an observer's mistake must not fail a request
             _log.exception("on_call failed")
 
-    def _shape(self, tensor: TensorEntry, ready: Mapping[str, AnyArray]) -> tuple[int, ...]:
-        return shape_of(tensor.axes, sizes_of(ready))
-
     def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
-        if set(outputs) != set(self._names):
-            raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(self._names)}")
-        for tensor in self._backend.outputs:
-            wanted, array = self._shape(tensor, ready), outputs[tensor.name]
+        names, sizes = [tensor.name for tensor in self.outputs], self._signature.sizes(ready)
+        if set(outputs) != set(names):
+            raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(names)}")
+        for tensor in self.outputs:
+            wanted, array = tensor.shape(sizes), outputs[tensor.name]
             if array.shape != wanted or array.dtype != tensor.dtype or not _takes_writes(array):
                 raise InputError(
                     f"output {tensor.name} is {list(array.shape)} {array.dtype}; a writable, C-contiguous array of "

@@ -24,6 +24,11 @@ template <typename T, typename Read> void read_all(const View& view, std::vector
 
 template <typename T> double plain(T value) { return static_cast<double>(value); }
 
+template <typename T> void store_as(std::int64_t value, void* at) {
+  const T small = static_cast<T>(value);
+  std::memcpy(at, &small, sizeof(T));
+}
+
 void store(double value, DType dtype, void* at) {
   const float single = static_cast<float>(value);
   const std::uint16_t bits = dtype == DType::Float16 ? half_of(value) : bfloat16_of(value);
@@ -31,6 +36,8 @@ void store(double value, DType dtype, void* at) {
     case DType::Float32: std::memcpy(at, &single, 4); break;
     case DType::Float64: std::memcpy(at, &value, 8); break;
     case DType::Bool: *static_cast<bool*>(at) = value != 0; break;
+    case DType::Int32: store_as<std::int32_t>(static_cast<std::int64_t>(value), at); break;
+    case DType::Int64: store_as<std::int64_t>(static_cast<std::int64_t>(value), at); break;
     default: std::memcpy(at, &bits, 2);
   }
 }
@@ -45,8 +52,7 @@ double largest_lost(const std::vector<double>& values, const std::vector<double>
 }
 
 void check_possible(const TensorInfo& input, const View& view, bool cast) {
-  const bool mask = input.dtype == DType::Bool;
-  const bool known = mask ? view.dtype > DType::Bool : is_float(view.dtype);  // the integers come after Bool
+  const bool known = is_float(input.dtype) ? is_float(view.dtype) : view.dtype > DType::Bool;  // the integers come after Bool
   const bool on_cpu = view.memory == Memory::Cpu;
   if (cast && known && on_cpu) return;
   const char* way_out = on_cpu ? "; cast=True converts it" : "; convert it on the GPU";
@@ -59,10 +65,53 @@ void check_mask(const TensorInfo& input, const std::vector<double>& values) {
   if (other != values.end()) throw InputError("input " + input.name + ": a mask of integers must hold 0 and 1 alone, and it holds " + text::whole(*other));
 }
 
+template <typename T> std::int64_t integer_at(const View& view, std::size_t index) {
+  T value;
+  std::memcpy(&value, static_cast<const unsigned char*>(view.data) + index * sizeof(T), sizeof(T));
+  return static_cast<std::int64_t>(value);
+}
+
+std::int64_t integer_at(const View& view, std::size_t index) {
+  switch (view.dtype) {
+    case DType::Int8: return integer_at<std::int8_t>(view, index);
+    case DType::UInt8: return integer_at<std::uint8_t>(view, index);
+    case DType::Int16: return integer_at<std::int16_t>(view, index);
+    case DType::UInt16: return integer_at<std::uint16_t>(view, index);
+    case DType::Int32: return integer_at<std::int32_t>(view, index);
+    case DType::UInt32: return integer_at<std::uint32_t>(view, index);
+    default: return integer_at<std::int64_t>(view, index);
+  }
+}
+
+/// Integers go by way of int64, as float64 does not hold them all; of uint64 the upper half shows as negative there.
+Tensor cast_integers(const TensorInfo& input, const View& view) {
+  Tensor made(input.dtype, view.shape);
+  auto* at = static_cast<unsigned char*>(made.data());
+  for (std::size_t i = 0; i < made.count(); ++i) {
+    const std::int64_t value = integer_at(view, i);
+    const bool wraps = view.dtype == DType::UInt64 && value < 0;
+    if (wraps || (input.dtype == DType::Int32 && value != static_cast<std::int32_t>(value))) {
+      const std::string shown = wraps ? std::to_string(static_cast<std::uint64_t>(value)) : std::to_string(value);
+      throw InputError("input " + input.name + " holds " + shown + ", more than " + name_of(input.dtype) + " can");
+    }
+    if (input.dtype == DType::Int32) store_as<std::int32_t>(value, at + i * sizeof(std::int32_t));
+    else store_as<std::int64_t>(value, at + i * sizeof(std::int64_t));
+  }
+  return made;
+}
+
 }  // namespace
+
+Tensor filled(DType dtype, Shape shape, double value) {
+  Tensor made(dtype, std::move(shape));
+  auto* at = static_cast<unsigned char*>(made.data());
+  for (std::size_t i = 0; i < made.count(); ++i) store(value, dtype, at + i * size_of(dtype));
+  return made;
+}
 
 Tensor cast_to(const TensorInfo& input, const View& view, bool cast) {
   check_possible(input, view, cast);
+  if (input.dtype == DType::Int32 || input.dtype == DType::Int64) return cast_integers(input, view);
   const std::vector<double> values = as_doubles(view);
   if (input.dtype == DType::Bool) check_mask(input, values);
   Tensor made(input.dtype, view.shape);

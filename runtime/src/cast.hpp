@@ -7,9 +7,12 @@
 
 namespace bca {
 
-/// Returns the input as the model takes it: other floating-point types, and masks of the integers 0 and 1.
-/// Throws InputError where `cast` is false, the types cannot be converted, or a finite number would become infinite.
+/// Returns the input as the model takes it: other floating-point types, other integers, and masks of the integers 0 and 1.
+/// Throws InputError where `cast` is false, the types cannot be converted, or a number is more than the model's type can hold.
 Tensor cast_to(const TensorInfo& input, const View& view, bool cast);
+
+/// A tensor of one value everywhere.
+Tensor filled(DType dtype, Shape shape, double value);
 
 /// The elements as float64, whatever their type.
 std::vector<double> as_doubles(const View& view);

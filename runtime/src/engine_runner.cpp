@@ -63,7 +63,7 @@ class EngineRunner::Lease {
 
 EngineRunner::EngineRunner(RunnerInfo info, std::unique_ptr<Gpu> gpu, std::unique_ptr<Engine> engine, int contexts)
     : Runner(std::move(info)), gpu_(std::move(gpu)), engine_(std::move(engine)), contexts_(static_cast<std::size_t>(contexts)) {
-  for (const auto* tensors : {&this->info.inputs, &this->info.outputs}) {
+  for (const auto* tensors : {&this->info.signature.inputs, &this->info.signature.outputs}) {
     for (const TensorInfo& tensor : *tensors) {
       const DType found = engine_->dtype(tensor.name);
       if (found == tensor.dtype) continue;
@@ -71,7 +71,7 @@ EngineRunner::EngineRunner(RunnerInfo info, std::unique_ptr<Gpu> gpu, std::uniqu
                         "; build the engine again");
     }
   }
-  profiles_ = engine_->profiles(this->info.inputs);
+  profiles_ = engine_->profiles(this->info.signature.inputs);
 }
 
 EngineRunner::~EngineRunner() {
@@ -97,7 +97,7 @@ void EngineRunner::wait_for_calls() noexcept {
 void EngineRunner::run(const std::vector<View>& inputs, const std::vector<MutableView>& outputs, void* stream) {
   std::vector<Shape> shapes;
   for (const View& view : inputs) shapes.push_back(view.shape);
-  const std::size_t profile = choose_profile(profiles_, info.inputs, shapes);
+  const std::size_t profile = choose_profile(profiles_, info.signature.inputs, shapes);
   const OnGpu device(*gpu_);
   Lease lease(*this, profile, stream);
   queue(lease.slot, profile, inputs, outputs, lease.stream);
@@ -118,7 +118,7 @@ void EngineRunner::queue(Slot& slot, std::size_t profile, const std::vector<View
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const MutableView& view = outputs[i];
     if (view.memory == Memory::Cuda) continue;
-    gpu_->copy_out(view.data, slot.buffers[info.outputs[i].name].memory, bytes_of(view.shape, view.dtype), stream);
+    gpu_->copy_out(view.data, slot.buffers[info.signature.outputs[i].name].memory, bytes_of(view.shape, view.dtype), stream);
   }
   gpu_->record(slot.done, stream);
 }
@@ -126,7 +126,7 @@ void EngineRunner::queue(Slot& slot, std::size_t profile, const std::vector<View
 void EngineRunner::set_inputs(Slot& slot, const std::vector<View>& inputs, void* stream) {
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const View& view = inputs[i];
-    const std::string& name = info.inputs[i].name;
+    const std::string& name = info.signature.inputs[i].name;
     void* memory = const_cast<void*>(view.data);
     if (view.memory == Memory::Cpu) {
       const std::size_t bytes = bytes_of(view.shape, view.dtype);
@@ -141,7 +141,7 @@ void EngineRunner::set_inputs(Slot& slot, const std::vector<View>& inputs, void*
 void EngineRunner::set_outputs(Slot& slot, const std::vector<MutableView>& outputs) {
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const MutableView& view = outputs[i];
-    const std::string& name = info.outputs[i].name;
+    const std::string& name = info.signature.outputs[i].name;
     const Shape made = slot.context->output_shape(name);
     if (made != view.shape) {
       throw EngineError("the engine makes " + name + " " + text::shown(made) + ", the manifest says " + text::shown(view.shape) +

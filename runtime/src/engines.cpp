@@ -30,11 +30,6 @@ bool runs(const EngineEntry& entry, const std::string& capability) {
   return capability == *entry.gpu_capability;
 }
 
-void widen(DimRange& range, const DimRange& other) {
-  range.min = std::min(range.min, other.min);
-  range.max = std::max(range.max, other.max);
-}
-
 }  // namespace
 
 std::optional<std::string> why_stale(const EngineEntry& entry, const Manifest& manifest, const std::string& loaded,
@@ -69,16 +64,6 @@ const EngineEntry& usable_engine(const Bundle& bundle, const std::string& librar
     reasons.push_back(entry.file + " is stale: " + *reason + "; build it again with bca build, bca inspect shows its options");
   }
   throw EngineError(text::join(reasons, "; "));
-}
-
-Dims dims_of(const EngineEntry& entry) {
-  Dims dims = entry.profiles.front();
-  for (const Dims& profile : entry.profiles) {
-    widen(dims.batch, profile.batch);
-    widen(dims.x_len, profile.x_len);
-    widen(dims.context_len, profile.context_len);
-  }
-  return dims;
 }
 
 }  // namespace bca

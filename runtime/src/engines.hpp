@@ -21,7 +21,4 @@ const EngineEntry& usable_engine(const Bundle& bundle, const std::string& librar
 /// Throws EngineError where the bundle has no engine of that library, and of that precision where one is asked for.
 void check_has_engine(const Bundle& bundle, const std::string& library, std::optional<Precision> precision);
 
-/// The sizes that some profile of the engine takes: the widest ranges, and the first profile's optimal sizes.
-Dims dims_of(const EngineEntry& entry);
-
 }  // namespace bca

@@ -9,7 +9,7 @@
 namespace bca {
 namespace {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;  // the named dimensions have an order
 
 constexpr int kFormat = 1;
 
@@ -38,9 +38,13 @@ class Field {
     if (!value_.is_boolean()) fail("Input should be a valid boolean");
     return value_.get<bool>();
   }
+  double number() const {
+    if (value_.is_boolean()) return value_.get<bool>() ? 1 : 0;
+    if (!value_.is_number()) fail("Input should be a valid number");
+    return value_.get<double>();
+  }
   bool is_null() const { return value_.is_null(); }
   bool is_string() const { return value_.is_string(); }
-  bool has(const char* key) const { return value_.is_object() && value_.contains(key); }
 
   template <typename Read> auto list(Read read, std::size_t least = 0) const {
     if (!value_.is_array()) fail("Input should be a valid list");
@@ -85,35 +89,54 @@ DimRange read_range(const Field& field) {
 }
 
 Dims read_dims(const Field& field) {
-  return {read_range(field["batch"]), read_range(field["x_len"]), read_range(field["context_len"])};
+  Dims dims;
+  field.each([&](const std::string& name, const Field& range) { dims.emplace_back(name, read_range(range)); });
+  return dims;
+}
+
+/// Those of a profile: of every dimension, and of no other.
+Dims read_profile(const Field& field, const Dims& dims) {
+  Dims ranges;
+  for (const auto& [name, range] : dims) ranges.emplace_back(name, read_range(field[name]));
+  return ranges;
 }
 
 Axis read_axis(const Field& field) {
-  if (field.is_string()) return field.one_of({"batch", "x_len", "context_len"});
+  if (field.is_string()) return field.string();
   return field.integer(1);
 }
 
+std::optional<double> read_fill(const Field& field) {
+  if (field.is_null()) return std::nullopt;
+  return field.number();
+}
+
 TensorInfo read_tensor(const Field& field) {
-  return {field["name"].string(), dtype_of(field["dtype"].one_of({"float32", "float16", "bfloat16", "bool"})),
-          field["axes"].list(read_axis)};
+  return {field["name"].string(), dtype_of(field["dtype"].one_of({"float32", "float16", "bfloat16", "bool", "int32", "int64"})),
+          field["axes"].list(read_axis), read_fill(field["fill"])};
+}
+
+Signature read_signature(const Field& field) {
+  Signature signature{field["inputs"].list(read_tensor, 1), field["outputs"].list(read_tensor, 1), read_dims(field["dims"]), "", {}};
+  if (!field["batch"].is_null()) signature.batch = field["batch"].string();
+  field["masks"].each([&](const std::string& dim, const Field& mask) { signature.masks[dim] = mask.string(); });
+  if (const std::string fault = fault_of(signature); !fault.empty()) field.fail(fault);
+  return signature;
 }
 
 ModelEntry read_model(const Field& field) {
   return {field["file"].string(), field["runtime"].one_of({"portable", "onnxruntime-cpu"}), read_precision(field["precision"]),
-          field["inputs"].list(read_tensor, 1), field["outputs"].list(read_tensor, 1)};
+          field["keep_io_types"].boolean()};
 }
 
-EngineEntry read_engine(const Field& field) {
+EngineEntry read_engine(const Field& field, const Dims& dims) {
   EngineEntry entry{field["file"].string(), field["library"].one_of({"rtx", "tensorrt"}), field["version"].string(),
-                    field["model"].string(), read_sha256(field["model_sha256"]), read_precision(field["precision"]), {}, {}, {}, {}, {}};
+                    field["model"].string(), read_sha256(field["model_sha256"]), read_precision(field["precision"]), {}, {}, {}};
   entry.targets = field["targets"].list([](const Field& target) { return target.string(); });
   if (!field["gpu"].is_null()) entry.gpu_capability = field["gpu"]["compute_capability"].string();
-  entry.profiles = field["profiles"].list(read_dims, 1);
-  entry.inputs = field["inputs"].list(read_tensor, 1);
-  entry.outputs = field["outputs"].list(read_tensor, 1);
-  const Field options = field["options"];
-  if (options.has("version_compatible")) entry.version_compatible = options["version_compatible"].boolean();
-  if (options.has("hardware_compatibility")) entry.hardware_compatibility = options["hardware_compatibility"].string();
+  entry.profiles = field["profiles"].list([&](const Field& profile) { return read_profile(profile, dims); }, 1);
+  entry.version_compatible = field["options"]["version_compatible"].boolean();
+  entry.hardware_compatibility = field["options"]["hardware_compatibility"].string();
   return entry;
 }
 
@@ -128,9 +151,9 @@ void check_format(const json& content, const std::string& shown) {
 Manifest read_manifest(const Field& field) {
   if (field["format"].integer(0) != kFormat) field["format"].fail("Input should be 1");
   Manifest manifest;
-  manifest.dims = read_dims(field["dims"]);
+  manifest.signature = read_signature(field["signature"]);
   manifest.models = field["models"].list(read_model, 1);
-  manifest.engines = field["engines"].list(read_engine);
+  manifest.engines = field["engines"].list([&](const Field& engine) { return read_engine(engine, manifest.signature.dims); });
   field["files"].each([&](const std::string& name, const Field& file) {
     manifest.files[name] = {file["bytes"].integer(0), read_sha256(file["sha256"])};
   });
@@ -149,7 +172,11 @@ json tensors_of(const std::vector<TensorInfo>& tensors) {
   return list;
 }
 
-json range_of(const DimRange& range) { return {{"min", range.min}, {"opt", range.opt}, {"max", range.max}}; }
+json ranges_of(const Dims& dims) {
+  json ranges = json::object();
+  for (const auto& [name, range] : dims) ranges[name] = {{"min", range.min}, {"opt", range.opt}, {"max", range.max}};
+  return ranges;
+}
 
 }  // namespace
 
@@ -166,15 +193,29 @@ Manifest parse_manifest(const std::string& text, const std::string& shown, const
   }
 }
 
+Signature signature_of(const Manifest& manifest, const ModelEntry& model) {
+  constexpr DType kTypes[] = {DType::Float32, DType::Float16, DType::BFloat16};
+  return of_floats(manifest.signature, model.keep_io_types ? DType::Float32 : kTypes[static_cast<int>(model.precision)]);
+}
+
+Signature signature_of(const Manifest& manifest, const EngineEntry& engine) {
+  for (const ModelEntry& model : manifest.models) {
+    if (model.file != engine.model) continue;
+    Signature signature = signature_of(manifest, model);
+    signature.dims = hull(engine.profiles);
+    return signature;
+  }
+  throw BundleError(engine.file + " was built from " + engine.model + ", which the bundle has not; build it again with bca build");
+}
+
 std::string to_json(const Session& session) {
-  const Dims& dims = session.dims();
   json passed_over = json::object();
   for (const auto& [name, reason] : session.explain().passed_over) passed_over[name] = reason;
   const json all = {
       {"backend", name_of(session.backend())}, {"precision", name_of(session.precision())},
       {"chosen", session.explain().chosen},    {"passed_over", passed_over},
       {"inputs", tensors_of(session.inputs())}, {"outputs", tensors_of(session.outputs())},
-      {"dims", {{"batch", range_of(dims.batch)}, {"x_len", range_of(dims.x_len)}, {"context_len", range_of(dims.context_len)}}}};
+      {"dims", ranges_of(session.dims())}};
   return all.dump(2, ' ', false, json::error_handler_t::replace);
 }
 

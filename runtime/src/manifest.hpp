@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "bca/session.hpp"
+#include "signature.hpp"
 
 namespace bca {
 
@@ -18,7 +18,7 @@ struct FileEntry {
 struct ModelEntry {
   std::string file, runtime;
   Precision precision = Precision::Fp32;
-  std::vector<TensorInfo> inputs, outputs;
+  bool keep_io_types = true;                    // else floating-point inputs and outputs have the precision's type
 };
 
 struct EngineEntry {
@@ -26,14 +26,13 @@ struct EngineEntry {
   Precision precision = Precision::Fp32;
   std::vector<std::string> targets;
   std::optional<std::string> gpu_capability;    // where it was built on the GPU that it is for
-  std::vector<Dims> profiles;
-  std::vector<TensorInfo> inputs, outputs;
+  std::vector<Dims> profiles;                   // at least one
   bool version_compatible = false;
   std::string hardware_compatibility = "none";
 };
 
 struct Manifest {
-  Dims dims;
+  Signature signature;
   std::vector<ModelEntry> models;               // at least one
   std::vector<EngineEntry> engines;
   std::map<std::string, FileEntry> files;       // every model and engine is among them
@@ -41,6 +40,13 @@ struct Manifest {
 
 /// Parses manifest.json. `shown` names the bundle, `path` the file, in errors. Throws BundleError.
 Manifest parse_manifest(const std::string& text, const std::string& shown, const std::string& path);
+
+/// What a model takes and gives, in its own element types.
+Signature signature_of(const Manifest& manifest, const ModelEntry& model);
+
+/// What an engine takes and gives, within its profiles: that of the model it was compiled from. Throws BundleError where the
+/// manifest has no such model.
+Signature signature_of(const Manifest& manifest, const EngineEntry& engine);
 
 /// What Session::describe returns.
 std::string to_json(const Session& session);

@@ -14,6 +14,8 @@ ONNXTensorElementDataType element_of(DType dtype) {
     case DType::Float16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     case DType::BFloat16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
     case DType::Bool: return ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
+    case DType::Int32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+    case DType::Int64: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
     default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;  // the manifest has no others
   }
 }
@@ -32,7 +34,7 @@ template <typename Make> void on_own_thread(Make make) {
 }
 
 RunnerInfo info_of(const OrtLibrary& library, const Bundle& bundle, const ModelEntry& model, Backend backend) {
-  return {backend, model.precision, model.file + " on onnxruntime " + library.version, model.inputs, model.outputs, bundle.manifest.dims, {}};
+  return {backend, model.precision, model.file + " on onnxruntime " + library.version, signature_of(bundle.manifest, model), {}};
 }
 
 }  // namespace
@@ -100,7 +102,7 @@ OrtPtr<OrtValue> OrtRunner::value(const void* data, DType dtype, const Shape& sh
 
 std::string OrtRunner::shapes_of(const std::vector<View>& inputs) const {
   std::vector<std::string> shapes;
-  for (std::size_t i = 0; i < inputs.size(); ++i) shapes.push_back(info.inputs[i].name + " " + text::shown(inputs[i].shape));
+  for (std::size_t i = 0; i < inputs.size(); ++i) shapes.push_back(info.signature.inputs[i].name + " " + text::shown(inputs[i].shape));
   return text::join(shapes);
 }
 
@@ -110,11 +112,11 @@ void OrtRunner::run(const std::vector<View>& inputs, const std::vector<MutableVi
   std::vector<const OrtValue*> values_in;
   std::vector<OrtValue*> values_out;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    names_in.push_back(info.inputs[i].name.c_str());
+    names_in.push_back(info.signature.inputs[i].name.c_str());
     values_in.push_back(held.emplace_back(value(inputs[i].data, inputs[i].dtype, inputs[i].shape)).get());
   }
   for (std::size_t i = 0; i < outputs.size(); ++i) {
-    names_out.push_back(info.outputs[i].name.c_str());
+    names_out.push_back(info.signature.outputs[i].name.c_str());
     values_out.push_back(held.emplace_back(value(outputs[i].data, outputs[i].dtype, outputs[i].shape)).get());
   }
   const Flushed flushed;

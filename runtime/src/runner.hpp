@@ -15,9 +15,8 @@ struct RunnerInfo {
   Backend backend = Backend::Auto;
   Precision precision = Precision::Fp32;
   std::string what;                        // the file that runs and what runs it
-  std::vector<TensorInfo> inputs, outputs;
-  Dims dims;
-  std::vector<Dims> profiles;              // the combinations of sizes, where not every one within dims will do
+  Signature signature;
+  std::vector<Dims> profiles;              // the combinations of sizes, where not every one within the signature's will do
 };
 
 class Runner {
@@ -28,7 +27,7 @@ class Runner {
   /// Whether views of GPU memory and streams are taken.
   virtual bool on_gpu() const = 0;
 
-  /// Views in the order of info.inputs and info.outputs, all checked. Throws EngineError.
+  /// Views in the order of the signature's inputs and outputs, all checked. Throws EngineError.
   virtual void run(const std::vector<View>& inputs, const std::vector<MutableView>& outputs, void* stream) = 0;
 
   const RunnerInfo info;

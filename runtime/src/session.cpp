@@ -85,7 +85,7 @@ Ready Session::State::ready(const Inputs& inputs, const RunOptions& options) con
 std::vector<MutableView> Session::State::in_order(const OutputViews& outputs, const Sizes& sizes) const {
   std::vector<MutableView> ordered;
   std::vector<std::string> known;
-  for (const TensorInfo& tensor : info().outputs) {
+  for (const TensorInfo& tensor : info().signature.outputs) {
     known.push_back(tensor.name);
     const auto found = std::find_if(outputs.begin(), outputs.end(), [&](const auto& given) { return given.first == tensor.name; });
     if (found == outputs.end()) continue;
@@ -105,7 +105,7 @@ Session Session::open(const std::filesystem::path& path, const Options& options)
   if (options.contexts < 1) throw InputError("contexts is " + std::to_string(options.contexts) + "; it must be at least 1");
   Bundle bundle = open_bundle(path, options.verify);
   auto [runner, explanation] = choose(bundle, options);
-  Contract contract(runner->info.inputs, runner->info.dims, runner->info.profiles);
+  Contract contract(runner->info.signature, runner->info.profiles);
   return Session(std::unique_ptr<State>(new State{std::move(bundle), std::move(runner), std::move(explanation), std::move(contract)}));
 }
 
@@ -113,7 +113,7 @@ Outputs Session::run(const Inputs& inputs, const RunOptions& options) const {
   const Ready ready = state_->ready(inputs, options);
   Outputs outputs;
   std::vector<MutableView> views;
-  for (const TensorInfo& tensor : state_->info().outputs) {
+  for (const TensorInfo& tensor : state_->info().signature.outputs) {
     views.push_back(outputs.emplace(tensor.name, Tensor(tensor.dtype, shape_at(tensor.axes, ready.sizes))).first->second);
   }
   state_->runner->run(ready.views, views, options.stream);
@@ -127,20 +127,19 @@ void Session::run_into(const Inputs& inputs, const OutputViews& outputs, const R
   state_->runner->run(ready.views, ordered, options.stream);
 }
 
-std::vector<std::pair<std::string, Tensor>> Session::zeros(std::int64_t batch, std::int64_t x_len, std::int64_t context_len) const {
-  const Sizes sizes = {batch, x_len, context_len};
+std::vector<std::pair<std::string, Tensor>> Session::zeros(const Shape& shape) const {
+  const Sizes sizes = named(dims(), shape);
   state_->contract.check(sizes);
   std::vector<std::pair<std::string, Tensor>> made;
   for (const TensorInfo& tensor : inputs()) made.emplace_back(tensor.name, Tensor::zeros(tensor.dtype, shape_at(tensor.axes, sizes)));
   return made;
 }
 
-void Session::warmup(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes) const {
-  const Dims& d = dims();
-  auto wanted = shapes;
-  if (wanted.empty()) wanted.emplace_back(d.batch.opt, d.x_len.opt, d.context_len.opt);
-  for (const auto& [batch, x_len, context_len] : wanted) {
-    const auto arrays = zeros(batch, x_len, context_len);
+void Session::warmup(const std::vector<Shape>& shapes) const {
+  Shape best;
+  for (const auto& dim : dims()) best.push_back(dim.second.opt);
+  for (const Shape& shape : shapes.empty() ? std::vector<Shape>{best} : shapes) {
+    const auto arrays = zeros(shape);
     run(Inputs(arrays.begin(), arrays.end()));
   }
 }
@@ -151,9 +150,10 @@ void Session::selftest() const {
   if (!failures.empty()) throw ParityError(text::join(failures, "; "));
 }
 
-const std::vector<TensorInfo>& Session::inputs() const { return state_->info().inputs; }
-const std::vector<TensorInfo>& Session::outputs() const { return state_->info().outputs; }
-const Dims& Session::dims() const { return state_->info().dims; }
+const Signature& Session::signature() const { return state_->info().signature; }
+const std::vector<TensorInfo>& Session::inputs() const { return signature().inputs; }
+const std::vector<TensorInfo>& Session::outputs() const { return signature().outputs; }
+const Dims& Session::dims() const { return signature().dims; }
 Backend Session::backend() const { return state_->info().backend; }
 Precision Session::precision() const { return state_->info().precision; }
 const Explanation& Session::explain() const { return state_->explanation; }

@@ -117,6 +117,8 @@ class TensorrtEngine : public Engine {
       case nvinfer1::DataType::kHALF: return DType::Float16;
       case nvinfer1::DataType::kBF16: return DType::BFloat16;
       case nvinfer1::DataType::kBOOL: return DType::Bool;
+      case nvinfer1::DataType::kINT32: return DType::Int32;
+      case nvinfer1::DataType::kINT64: return DType::Int64;
       default: throw EngineError("the engine's " + name + " has an element type that no model here has");
     }
   }
@@ -142,8 +144,8 @@ std::unique_ptr<Engine> load(const Library& library, const Bundle& bundle, const
   return std::make_unique<TensorrtEngine>(library, bundle.path(entry.file).string(), host_code);
 }
 
-RunnerInfo info_of(const EngineEntry& entry, const std::string& version) {
-  return {kBackend, entry.precision, entry.file + " on " + kName + " " + version, entry.inputs, entry.outputs, dims_of(entry), entry.profiles};
+RunnerInfo info_of(const Bundle& bundle, const EngineEntry& entry, const std::string& version) {
+  return {kBackend, entry.precision, entry.file + " on " + kName + " " + version, signature_of(bundle.manifest, entry), entry.profiles};
 }
 
 }  // namespace
@@ -153,7 +155,7 @@ std::unique_ptr<Runner> open_engine(const Bundle& bundle, const Options& options
   const Library library(options.tensorrt_library);
   const EngineEntry& entry = usable_engine(bundle, kName, library.version(), gpu->capability(), options.precision);
   auto engine = load(library, bundle, entry, *gpu, options.host_code);
-  return std::make_unique<EngineRunner>(info_of(entry, library.version()), std::move(gpu), std::move(engine), options.contexts);
+  return std::make_unique<EngineRunner>(info_of(bundle, entry, library.version()), std::move(gpu), std::move(engine), options.contexts);
 }
 
 }  // namespace bca

@@ -59,11 +59,13 @@ std::string nearest(const std::string& name, const std::vector<std::string>& kno
   return best ? " (did you mean '" + *best + "'?)" : "";
 }
 
-std::string shown(const Shape& shape) {
+std::string joined(const Shape& shape, const char* between) {
   std::vector<std::string> sizes;
   for (std::int64_t size : shape) sizes.push_back(std::to_string(size));
-  return "[" + join(sizes) + "]";
+  return join(sizes, between);
 }
+
+std::string shown(const Shape& shape) { return "[" + joined(shape, ", ") + "]"; }
 
 std::string shown(const std::vector<Axis>& axes) {
   std::vector<std::string> parts;
@@ -75,8 +77,9 @@ std::string shown(const std::vector<Axis>& axes) {
 }
 
 std::string shown(const Dims& dims) {
-  const auto range = [](const char* name, const DimRange& r) { return name + std::to_string(r.min) + " to " + std::to_string(r.max); };
-  return range("batch ", dims.batch) + range(", x_len ", dims.x_len) + range(", context_len ", dims.context_len);
+  std::vector<std::string> parts;
+  for (const auto& [name, range] : dims) parts.push_back(name + " " + std::to_string(range.min) + " to " + std::to_string(range.max));
+  return join(parts);
 }
 
 std::string number(double value) {

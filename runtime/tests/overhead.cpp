@@ -12,6 +12,7 @@
 #include "backends.hpp"
 #include "denormals.hpp"
 #include "ort_library.hpp"
+#include "signature.hpp"
 #include "support.hpp"
 
 namespace {
@@ -88,8 +89,8 @@ void measure(const std::string& bundle, bca::Session& session, const bca::Inputs
 }  // namespace
 
 int main(int count, char** values) {
-  long batch = 0, x_len = 0, context_len = 0;
-  if (count != 4 || std::sscanf(values[2], "%ldx%ldx%ld", &batch, &x_len, &context_len) != 3) {
+  long sizes[3] = {};
+  if (count != 4 || std::sscanf(values[2], "%ldx%ldx%ld", &sizes[0], &sizes[1], &sizes[2]) != 3) {
     std::fprintf(stderr, "overhead BUNDLE BxNxM RUNS\n");
     return 2;
   }
@@ -100,9 +101,7 @@ int main(int count, char** values) {
   std::vector<bca::Tensor> arrays;
   bca::Inputs inputs;
   for (const bca::TensorInfo& tensor : session.inputs()) {
-    bca::Shape shape = {batch, tensor.name == "x" || tensor.name == "mask" ? x_len : context_len};
-    if (tensor.axes.size() > 2) shape.push_back(std::get<std::int64_t>(tensor.axes[2]));
-    arrays.emplace_back(tensor.dtype, shape);
+    arrays.emplace_back(tensor.dtype, bca::shape_at(tensor.axes, bca::named(session.dims(), {sizes[0], sizes[1], sizes[2]})));
     if (tensor.dtype == bca::DType::Float32) support::fill(arrays.back(), 1);
     else std::memset(arrays.back().data(), 1, arrays.back().bytes());
   }

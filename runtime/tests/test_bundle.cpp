@@ -15,15 +15,26 @@ std::string refused(const support::fs::path& path, Verify verify = Verify::Full)
 
 TEST(Bundle, OfFormat1OpensWithItsModelsAndDims) {
   const bca::Bundle bundle = bca::open_bundle(support::kFixture, Verify::Full);
-  ASSERT_EQ(bundle.manifest.models.size(), 1u);
+  ASSERT_EQ(bundle.manifest.models.size(), 2u);
   const bca::ModelEntry& model = bundle.manifest.models[0];
   EXPECT_EQ(model.file, "models/fp32.onnx");
   EXPECT_EQ(model.precision, bca::Precision::Fp32);
-  ASSERT_EQ(model.inputs.size(), 4u);
-  EXPECT_EQ(model.inputs[2].dtype, bca::DType::Bool);
-  EXPECT_EQ(std::get<std::string>(model.inputs[0].axes[1]), "x_len");
-  EXPECT_EQ(std::get<std::int64_t>(model.inputs[0].axes[2]), 8);
-  EXPECT_EQ(bundle.manifest.dims.batch.max, 4);
+  const bca::Signature signature = bca::signature_of(bundle.manifest, model);
+  ASSERT_EQ(signature.inputs.size(), 4u);
+  EXPECT_EQ(signature.inputs[2].dtype, bca::DType::Bool);
+  EXPECT_EQ(signature.inputs[2].fill, 1.0);
+  EXPECT_FALSE(signature.inputs[0].fill);
+  EXPECT_EQ(std::get<std::string>(signature.inputs[0].axes[1]), "x_len");
+  EXPECT_EQ(std::get<std::int64_t>(signature.inputs[0].axes[2]), 8);
+  EXPECT_EQ(signature.dims.at("batch").max, 4);
+  EXPECT_EQ(signature.dims[1].first, "x_len") << "in the manifest's order";
+  EXPECT_EQ(signature.batch, "batch");
+  EXPECT_EQ(signature.masks.at("context_len"), "context_mask");
+  bca::ModelEntry half = model;
+  half.precision = bca::Precision::Fp16, half.keep_io_types = false;
+  const bca::Signature halves = bca::signature_of(bundle.manifest, half);
+  EXPECT_EQ(halves.inputs[0].dtype, bca::DType::Float16);
+  EXPECT_EQ(halves.inputs[2].dtype, bca::DType::Bool);
   EXPECT_EQ(bundle.path("models/fp32.onnx"), support::kFixture / "models/fp32.onnx");
   EXPECT_HAS(message_of<bca::BundleError>([&] { bundle.path("nothing"); }), "the bundle has no nothing; it has expect.npz, ");
 }
@@ -109,16 +120,21 @@ TEST(Manifest, AWrongFieldIsNamedWithTheWayToIt) {
       {"\"format\": 1", "\"format\": 0", "field format: Input should be 1"},
       {"\"format\": 1", "\"format\": \"1\"", "field format: Input should be a valid integer"},
       {"\"format\"", "\"fromat\"", "field format: Field required"},
-      {"\"dims\"", "\"dimms\"", "field dims: Field required"},
-      {"\"min\": 1", "\"min\": 3", "field dims.batch: needs 1 <= min <= opt <= max"},
-      {"\"min\": 1", "\"min\": 0", "field dims.batch.min: Input should be greater than or equal to 1"},
-      {"\"min\": 1", "\"min\": 18446744073709551615", "field dims.batch.min: Input should be a valid integer"},
-      {"\"min\": 1", "\"min\": 1.5", "field dims.batch.min: Input should be a valid integer"},
+      {"\"dims\"", "\"dimms\"", "field signature.dims: Field required"},
+      {"\"min\": 1", "\"min\": 3", "field signature.dims.batch: needs 1 <= min <= opt <= max"},
+      {"\"min\": 1", "\"min\": 0", "field signature.dims.batch.min: Input should be greater than or equal to 1"},
+      {"\"min\": 1", "\"min\": 18446744073709551615", "field signature.dims.batch.min: Input should be a valid integer"},
+      {"\"min\": 1", "\"min\": 1.5", "field signature.dims.batch.min: Input should be a valid integer"},
+      {"\"batch\": \"batch\"", "\"batch\": \"x\"", "field signature: dimension x needs a range"},
+      {"\"x_len\": \"mask\"", "\"x_len\": \"context_mask\"", "field signature: context_mask cannot mask x_len; a mask is a bool input over"},
+      {"\"name\": \"out\"", "\"name\": \"x\"", "field signature: x is the name of two tensors; give each its own"},
+      {"\"fill\": null", "\"fill\": \"zero\"", "field signature.inputs.0.fill: Input should be a valid number"},
+      {"\"fill\": null", "\"full\": null", "field signature.inputs.0.fill: Field required"},
       {"\"runtime\": \"portable\"", "\"runtime\": \"other\"", "field models.0.runtime: Input should be one of portable, onnxruntime-cpu"},
       {"\"precision\": \"fp32\"", "\"precision\": \"fp8\"", "field models.0.precision: Input should be one of fp32, fp16, bf16"},
-      {"\"dtype\": \"float32\"", "\"dtype\": \"int8\"", "field models.0.inputs.0.dtype: Input should be one of"},
-      {"\"x_len\",\n            8", "\"x_lem\",\n            8", "field models.0.inputs.0.axes.1: Input should be one of batch, x_len, context_len"},
-      {"\"x_len\",\n            8", "\"x_len\",\n            -8", "field models.0.inputs.0.axes.2: Input should be greater than or equal to 1"},
+      {"\"dtype\": \"float32\"", "\"dtype\": \"int8\"", "field signature.inputs.0.dtype: Input should be one of"},
+      {"\"x_len\",\n          8", "\"x_lem\",\n          8", "field signature: dimension x_lem needs a range, and an input that has it and must be given"},
+      {"\"x_len\",\n          8", "\"x_len\",\n          -8", "field signature.inputs.0.axes.2: Input should be greater than or equal to 1"},
       {"\"models\": [", "\"models\": [], \"moddels\": [", "field models: List should have at least 1 item"},
       {"\"engines\": []", "\"engines\": {}", "field engines: Input should be a valid list"},
       {"\"sha256\": \"", "\"sha256\": \"z", "String should match pattern '^[0-9a-f]{64}$'"},

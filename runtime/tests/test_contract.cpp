@@ -27,23 +27,34 @@ std::vector<bca::Axis> axes(const json& given) {
   return found;
 }
 
-std::vector<bca::TensorInfo> model(const std::string& name) {
-  std::vector<bca::TensorInfo> tensors;
-  for (const json& t : table()["models"][name]) tensors.push_back({t["name"], bca::dtype_of(t["dtype"]), axes(t["axes"])});
-  return tensors;
+std::optional<double> fill(const json& tensor) {
+  if (!tensor.contains("fill")) return std::nullopt;
+  return tensor["fill"].is_boolean() ? (tensor["fill"].get<bool>() ? 1 : 0) : tensor["fill"].get<double>();
 }
 
-bca::Dims dims(const json& given) { return {range(given["batch"]), range(given["x_len"]), range(given["context_len"])}; }
+bca::Dims dims(const json& given) {
+  bca::Dims found;
+  for (const auto& [name, sizes] : given.items()) found.emplace_back(name, range(sizes));
+  return found;
+}
 
-/// `changes`: dims other than the table's.
+bca::Signature model(const std::string& name, const json& changes = json::object()) {
+  const json& given = table()["models"][name];
+  json sizes = given.value("dims", table()["dims"]);
+  sizes.update(changes);
+  bca::Signature signature{{}, {}, dims(sizes), given.value("batch", "batch"), {}};
+  for (const json& t : given["inputs"]) signature.inputs.push_back({t["name"], bca::dtype_of(t["dtype"]), axes(t["axes"]), fill(t)});
+  for (const auto& [dim, mask] : given.value("masks", json::object()).items()) signature.masks[dim] = mask.get<std::string>();
+  return signature;
+}
+
+/// `changes`: dims other than the model's.
 bca::Contract contract(const std::string& name, const std::string& profiles = "", const json& changes = json::object()) {
   std::vector<bca::Dims> each;
   if (!profiles.empty()) {
     for (const json& profile : table()["profiles"][profiles]) each.push_back(dims(profile));
   }
-  json sizes = table()["dims"];
-  sizes.update(changes);
-  return {model(name), dims(sizes), each};
+  return bca::Contract(model(name, changes), each);
 }
 
 template <typename T> void set_all(bca::Tensor& array, T value) {
@@ -59,6 +70,7 @@ bca::Tensor array(const json& given) {
     case bca::DType::Float16: set_all(made, bca::half_of(fill)); break;
     case bca::DType::BFloat16: set_all(made, bca::bfloat16_of(fill)); break;
     case bca::DType::Int32: set_all(made, static_cast<std::int32_t>(fill)); break;
+    case bca::DType::UInt8: set_all(made, static_cast<std::uint8_t>(fill)); break;
     case bca::DType::Int64: set_all(made, static_cast<std::int64_t>(fill)); break;
     default: set_all(made, static_cast<std::int8_t>(fill)); break;
   }
@@ -80,7 +92,7 @@ TEST_P(ContractTable, TakesOrRefusesInTheTablesWords) {
     return;
   }
   const bca::Ready ready = check();
-  const auto tensors = model(given["model"]);
+  const auto tensors = model(given["model"]).inputs;
   ASSERT_EQ(ready.views.size(), tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) EXPECT_EQ(ready.views[i].dtype, tensors[i].dtype);
 }

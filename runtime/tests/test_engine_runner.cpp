@@ -18,8 +18,8 @@ bca::Profile profile(std::int64_t min, std::int64_t opt, std::int64_t max) {
 bca::RunnerInfo info() {
   const std::vector<bca::Axis> x = {"batch", "x_len", std::int64_t{8}}, context = {"batch", "context_len", std::int64_t{6}};
   return {bca::Backend::TensorRT, bca::Precision::Fp32, "double",
-          {{"x", bca::DType::Float32, x}, {"context", bca::DType::Float32, context}},
-          {{"out", bca::DType::Float32, x}, {"context_out", bca::DType::Float32, context}}, {}, {}};
+          {{{"x", bca::DType::Float32, x, {}}, {"context", bca::DType::Float32, context, {}}},
+           {{"out", bca::DType::Float32, x, {}}, {"context_out", bca::DType::Float32, context, {}}}, {}, "", {}}, {}};
 }
 
 std::unique_ptr<bca::EngineRunner> make(World& world, int contexts = 2, std::vector<bca::Profile> profiles = {profile(1, 8, 64)}) {

@@ -7,7 +7,7 @@ namespace {
 
 using support::message_of;
 
-const std::vector<bca::TensorInfo> kInputs = {{"x", bca::DType::Float16, {"batch", "x_len", std::int64_t{8}}}};
+const std::vector<bca::TensorInfo> kInputs = {{"x", bca::DType::Float16, {"batch", "x_len", std::int64_t{8}}, {}}};
 
 bca::ShapeRange range(std::int64_t min, std::int64_t opt, std::int64_t max) { return {{1, min, 8}, {1, opt, 8}, {1, max, 8}}; }
 
@@ -38,7 +38,8 @@ bca::Bundle bundle() {
   bca::EngineEntry entry;
   entry.file = "engines/rtx-fp16.engine", entry.library = "rtx", entry.version = "1.7.1.116", entry.model = "models/fp16.onnx";
   entry.model_sha256 = hash, entry.precision = bca::Precision::Fp16, entry.targets = {"sm89", "sm120"};
-  entry.profiles = {{{1, 4, 8}, {16, 512, 2048}, {1, 512, 1024}}, {{1, 1, 16}, {1, 64, 128}, {1, 64, 128}}};
+  entry.profiles = {{{"batch", {1, 4, 8}}, {"x_len", {16, 512, 2048}}, {"context_len", {1, 512, 1024}}},
+                    {{"batch", {1, 1, 16}}, {"x_len", {1, 64, 128}}, {"context_len", {1, 64, 128}}}};
   made.manifest.engines = {entry};
   made.manifest.files["models/fp16.onnx"] = {1, hash};
   return made;
@@ -87,12 +88,12 @@ TEST(Engines, WhereThereIsNoneTheCommandIsNamed) {
 }
 
 TEST(Engines, ItsDimsAreThoseOfAllProfilesTogether) {
-  const bca::Dims dims = bca::dims_of(bundle().manifest.engines[0]);
-  EXPECT_EQ(dims.batch.max, 16);
-  EXPECT_EQ(dims.x_len.min, 1);
-  EXPECT_EQ(dims.x_len.max, 2048);
-  EXPECT_EQ(dims.context_len.max, 1024);
-  EXPECT_EQ(dims.x_len.opt, 512);
+  const bca::Dims dims = bca::hull(bundle().manifest.engines[0].profiles);
+  EXPECT_EQ(dims.at("batch").max, 16);
+  EXPECT_EQ(dims.at("x_len").min, 1);
+  EXPECT_EQ(dims.at("x_len").max, 2048);
+  EXPECT_EQ(dims.at("context_len").max, 1024);
+  EXPECT_EQ(dims.at("x_len").opt, 512);
 }
 
 }  // namespace

@@ -37,14 +37,14 @@ TEST(Session, SaysWhatRunsAndWhatItTakes) {
   const Session session = Session::open(support::kFixture);
   EXPECT_EQ(session.backend(), bca::Backend::OnnxRuntimeCpu);
   EXPECT_EQ(session.precision(), bca::Precision::Fp32);
-  EXPECT_HAS(session.explain().chosen, "onnxruntime-cpu: models/fp32.onnx on onnxruntime 1.");
+  EXPECT_HAS(session.explain().chosen, "onnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime 1.");
   ASSERT_EQ(session.explain().passed_over.size(), 3u);
   EXPECT_EQ(session.explain().passed_over[0].first, "tensorrt");
   EXPECT_HAS(session.explain().passed_over[0].second, " has no tensorrt engine; build one: bca build ");
   EXPECT_HAS(session.explain().passed_over[2].second, "this onnxruntime has no CUDA provider");
   EXPECT_EQ(session.inputs().size(), 4u);
   EXPECT_EQ(session.outputs()[1].name, "context_out");
-  EXPECT_EQ(session.dims().x_len.max, 16);
+  EXPECT_EQ(session.dims().at("x_len").max, 16);
   EXPECT_HAS(session.describe(), "\"backend\": \"onnxruntime-cpu\"");
 }
 
@@ -120,6 +120,7 @@ TEST(Session, WarmupRunsTheOptimalSizesOrThoseGiven) {
   const Session session = Session::open(support::kFixture, on_cpu());
   session.warmup();
   session.warmup({{1, 2, 3}, {4, 16, 16}});
+  EXPECT_EQ(message_of<bca::InputError>([&] { session.warmup({{1, 2}}); }), "shape 1x2: give 3 sizes, of batch, x_len, context_len");
   EXPECT_HAS(message_of<bca::InputError>([&] { session.warmup({{1, 17, 3}}); }), "input x: axis 1 (x_len) is 17, allowed 1 to 16; a sequence cannot be cut");
 }
 
@@ -127,13 +128,13 @@ TEST(Session, SizesAreCheckedBeforeMemoryIsAskedFor) {
   const Session session = Session::open(support::kFixture, on_cpu());
   const auto refused = [&](std::int64_t batch, std::int64_t x_len, std::int64_t context_len) {
     const std::string message = message_of<bca::InputError>([&] { session.warmup({{batch, x_len, context_len}}); });
-    EXPECT_EQ(message_of<bca::InputError>([&] { session.zeros(batch, x_len, context_len); }), message);
+    EXPECT_EQ(message_of<bca::InputError>([&] { session.zeros({batch, x_len, context_len}); }), message);
     return message;
   };
   EXPECT_HAS(refused(1, 1'000'000'000'000, 1), "input x: axis 1 (x_len) is 1000000000000, allowed 1 to 16; ");
   EXPECT_HAS(refused(1, 1, 1'000'000'000'000), "input context: axis 1 (context_len) is 1000000000000, allowed 1 to 16; ");
   EXPECT_HAS(refused(-1, 4, 4), "input x: axis 0 (batch) is -1, allowed 1 to 4; ");
-  EXPECT_EQ(session.zeros(1, 2, 3)[1].second.shape(), (bca::Shape{1, 3, 6}));
+  EXPECT_EQ(session.zeros({1, 2, 3})[1].second.shape(), (bca::Shape{1, 3, 6}));
 }
 
 TEST(Session, OutputsThatOverlapAnythingAreRefused) {

@@ -18,12 +18,10 @@ struct EngineBundle : support::BundleCopy {
   explicit EngineBundle(const std::string& plan = "fake engine", const std::string& version = BCA_TENSORRT_VERSION, const std::string& gpu = "sm89") {
     support::fs::create_directory(path / "engines");
     write("engines/trt.engine", plan);
-    const std::string manifest = read("manifest.json");
-    const std::size_t inputs = manifest.find("\"inputs\""), parity = manifest.find("\"parity\"", inputs);
     const std::string model_sha = bca::sha256_of(path / "models/fp32.onnx"), sha = bca::sha256_of(path / "engines/trt.engine");
     replace("\"engines\": []", R"("engines": [{"file": "engines/trt.engine", "library": "tensorrt", "version": ")" + version +
       R"(", "model": "models/fp32.onnx", "model_sha256": ")" + model_sha + R"(", "precision": "fp32", "targets": [], "gpu": {"name": "A GPU", "compute_capability": ")" + gpu +
-      R"("}, "profiles": [)" + kDims + "], " + manifest.substr(inputs, parity - inputs) + R"("options": {}}])");
+      R"("}, "profiles": [)" + kDims + R"(], "options": {"version_compatible": false, "hardware_compatibility": "none"}}])");
     replace("\"files\": {", R"("files": {"engines/trt.engine": {"bytes": )" + std::to_string(plan.size()) + R"(, "sha256": ")" + sha + "\"},");
   }
 };
@@ -44,7 +42,7 @@ TEST(TensorRT, RunsAnEngineUnderEachOfItsProfiles) {
   const EngineBundle bundle;
   const Session session = Session::open(bundle.path, on_tensorrt());
   EXPECT_EQ(session.explain().chosen, std::string("tensorrt: engines/trt.engine on tensorrt ") + BCA_TENSORRT_VERSION);
-  EXPECT_EQ(session.dims().x_len.max, 16);
+  EXPECT_EQ(session.dims().at("x_len").max, 16);
   for (const std::int64_t length : {1, 4, 8, 9, 16, 3}) {
     const Pair pair(2, length, length, 1);
     const auto outputs = session.run(pair.inputs());

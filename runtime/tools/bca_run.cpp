@@ -17,7 +17,7 @@ constexpr const char* kUsage = R"(bca-run BUNDLE [options]
   --output NAME=FILE.npy    where an output goes; repeat for each that you want
   --repeat N                run N times (default 1; with --bench 100)
   --bench                   time the runs, after 3 that are not counted; percentiles as JSON
-  --shape BxNxM             zeros of this batch, x_len and context_len, where no input is given (default: the optimal sizes)
+  --shape BxNxM             zeros of these sizes, one for each dimension, where no input is given (default: the optimal sizes)
   --selftest                run the bundle's own inputs and hold the outputs to their bounds
   --describe                what runs, as JSON
   --backend NAME            auto, tensorrt, rtx, onnxruntime-cuda, onnxruntime-cpu (default auto)
@@ -123,14 +123,23 @@ Arrays read_inputs(const bca::Session& session, const std::vector<std::string>& 
   return arrays;
 }
 
-Arrays zeros(const bca::Session& session, const std::string& shape) {
-  const bca::Dims& dims = session.dims();
-  long batch = dims.batch.opt, x_len = dims.x_len.opt, context_len = dims.context_len.opt;
-  int used = 0;
-  if (!shape.empty() && (std::sscanf(shape.c_str(), "%ldx%ldx%ld%n", &batch, &x_len, &context_len, &used) != 3 || shape[used])) {
-    throw bca::InputError("--shape is '" + shape + "'; give BxNxM, such as 1x512x512");
+/// BxNxM: one size for each dimension.
+bca::Shape sizes_of(const std::string& shape) {
+  bca::Shape sizes;
+  std::istringstream parts(shape + "x");
+  for (std::string part; std::getline(parts, part, 'x');) {
+    if (part.empty() || part.size() > 18 || part.find_first_not_of("0123456789") != std::string::npos) {
+      throw bca::InputError("--shape is '" + shape + "'; give a size for each dimension, such as 1x512x512");
+    }
+    sizes.push_back(std::stol(part));
   }
-  return session.zeros(batch, x_len, context_len);
+  return sizes;
+}
+
+Arrays zeros(const bca::Session& session, const std::string& shape) {
+  bca::Shape sizes;
+  for (const auto& dim : session.dims()) sizes.push_back(dim.second.opt);
+  return session.zeros(shape.empty() ? sizes : sizes_of(shape));
 }
 
 double ms_since(std::chrono::steady_clock::time_point start) {

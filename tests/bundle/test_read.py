@@ -28,11 +28,11 @@ from support.processes import HEAVY, run_without
 import bca_deploy
 from bca_deploy.bundle import read as bundle_module
 from bca_deploy.bundle import selftest
-from bca_deploy.bundle.manifest import Manifest, json_schema
+from bca_deploy.bundle.manifest import Manifest, json_schema, signature_of
 from bca_deploy.bundle.read import Bundle, Check, read_manifest, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.errors import BcaError, BundleError, InputError
-from bca_deploy.spec import Dims, Interface
+from bca_deploy.spec import LAYER_DIMS, Interface, layer_signature
 
 
 @pytest.fixture
@@ -206,13 +206,20 @@ def test_a_manifest_of_another_kind_is_refused(copy: Path, content: str) -> None
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m["layer"].update(extra=1), r"layer\.extra"),
         (lambda m: m["models"][0].update(extra=1), r"models\.0\.extra"),
-        (lambda m: m["dims"]["batch"].update(extra=1), r"dims\.batch\.extra"),
+        (lambda m: m["signature"]["dims"]["batch"].update(extra=1), r"signature\.dims\.batch\.extra"),
+        (lambda m: m["signature"].update(extra=1), r"signature\.extra"),
+        (lambda m: m["signature"]["inputs"][0].update(extra=1), r"signature\.inputs\.0\.extra"),
+        (lambda m: m["signature"]["inputs"][0].update(dtype="float8"), r"signature\.inputs\.0\.dtype"),
+        (lambda m: m["signature"]["dims"].pop("x_len"), "signature"),
+        (lambda m: m["signature"].update(batch="x"), "signature"),
+        (lambda m: m["signature"]["masks"].update(x_len="context_mask"), "signature"),
+        (lambda m: m["signature"]["outputs"][0].update(name="x"), "signature"),
         (lambda m: m.pop("files"), "files"),
         (lambda m: m["models"][1].pop("opset"), r"models\.1\.opset"),
         (lambda m: m["models"][0].update(precision="fp8"), r"models\.0\.precision"),
         (lambda m: m["files"]["parity.json"].update(sha256="00"), r"files\.parity\.json\.sha256"),
         (lambda m: m["files"]["parity.json"].update(bytes=-1), r"files\.parity\.json\.bytes"),
-        (lambda m: m["dims"]["x_len"].update(min=0), r"dims\.x_len"),
+        (lambda m: m["signature"]["dims"]["x_len"].update(min=0), r"signature\.dims\.x_len"),
         (lambda m: m["layer"].update(heads=0), "layer"),
         (lambda m: m.update(models=[]), "models"),
         (lambda m: m.update(format=0), "format"),
@@ -525,11 +532,15 @@ def test_the_schema_in_the_repository_is_the_manifests(repository: Path) -> None
 
 def test_the_schema_documents_every_field_of_the_manifest() -> None:
     schema: Any = json_schema()
-    for name in ("Manifest", "ModelEntry", "ParityEntry", "TensorEntry", "FileEntry"):
+    for name in ("Manifest", "ModelEntry", "ParityEntry", "EngineEntry", "BuildOptions", "FileEntry"):
         table = schema if name == "Manifest" else schema["$defs"][name]
         assert table["additionalProperties"] is False
         undocumented = [key for key, field in table["properties"].items() if "description" not in field and "$ref" not in field]
         assert undocumented == [], name
+    for name in ("Signature", "Tensor"):
+        table = schema["$defs"][name]
+        assert table["additionalProperties"] is False
+        assert [key for key in table["properties"] if f"    {key}: " not in table["description"]] == [], name
 
 
 def test_the_manifest_lists_every_file_with_its_hash(exported: Bundle) -> None:
@@ -555,7 +566,9 @@ def test_the_manifest_says_what_was_exported(exported: Bundle) -> None:
     assert manifest.format == 1
     assert manifest.layer == make_checkpoint(prenorm=True).spec
     assert manifest.interface == Interface()
-    assert manifest.dims == Dims()
+    assert manifest.signature == layer_signature(manifest.layer, Interface())
+    assert manifest.signature.dims == LAYER_DIMS
+    assert manifest.signature.masks == {"x_len": "mask", "context_len": "context_mask"}
     assert [(model.file, model.runtime) for model in manifest.models] == [
         ("models/fp32.onnx", "portable"),  # as asked for
         ("models/fp16.onnx", "portable"),
@@ -572,7 +585,8 @@ def test_the_manifest_says_of_a_model_what_its_graph_says(exported: Bundle, inde
     model = onnx.load(exported.path(entry.file))
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", entry.opset)]
     assert len(model.graph.node) == entry.nodes
-    for listed, values in ((entry.inputs, model.graph.input), (entry.outputs, model.graph.output)):
+    signature = signature_of(exported.manifest, entry)
+    for listed, values in ((signature.inputs, model.graph.input), (signature.outputs, model.graph.output)):
         graph = []
         for value in values:
             tensor = value.type.tensor_type

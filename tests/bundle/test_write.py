@@ -21,7 +21,7 @@ from bca_deploy.bundle.manifest import FileEntry, Manifest, ModelEntry, ParityEn
 from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.errors import BundleError
-from bca_deploy.spec import Dims, Interface
+from bca_deploy.spec import Interface, layer_signature
 
 # A writer in a process of its own: says that it is inside, and stays there until it is told to go on.
 WRITER = """
@@ -50,7 +50,7 @@ def fill(directory: Path, **files: str) -> None:
         format=1,
         layer=make_spec(),
         interface=Interface(),
-        dims=Dims(),
+        signature=layer_signature(make_spec(), Interface()),
         models=(
             ModelEntry(
                 file="models/model.onnx",
@@ -61,8 +61,6 @@ def fill(directory: Path, **files: str) -> None:
                 keep_io_types=True,
                 nodes=1,
                 external_data=None,
-                inputs=(),
-                outputs=(),
                 parity=ParityEntry(passed=True, scope="quick", cases=40, runtimes=("onnxruntime",), worst_ratio=1.0),
             ),
         ),

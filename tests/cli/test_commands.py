@@ -33,7 +33,7 @@ from bca_deploy.cli import app, console, export_app
 from bca_deploy.exporter import models, pipeline
 from bca_deploy.exporter import verify as verification
 from bca_deploy.parity import user_sample
-from bca_deploy.spec import Dims, Interface
+from bca_deploy.spec import LAYER_DIMS, Interface
 
 CPU = "fp32.onnxruntime-cpu"
 BIN = Path(sys.executable).parent
@@ -109,8 +109,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("layer.safetensors", "layer.pt"):
         whole = (place / name).read_bytes()
         (place / f"cut-{name}").write_bytes(whole[: len(whole) // 2])
-    right = user_sample.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(), Dims())
-    maps = user_sample.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(attention_maps=True), Dims())
+    right = user_sample.from_module(checkpoint.module(torch.float32), checkpoint.spec, Interface(), LAYER_DIMS)
+    maps = user_sample.from_module(
+        checkpoint.module(torch.float32), checkpoint.spec, Interface(attention_maps=True), LAYER_DIMS
+    )
     for name, arrays in {
         "right": right,
         "wrong": right | {"context_out": right["context_out"] + 0.01},

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.bundles import contents, untouched
 from typer.testing import CliRunner
 
-from bca_deploy.bundle.engine_options import EngineTable, ProfileTable
-from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest
+from bca_deploy.bundle.engine_options import BuildOptions, EngineTable
+from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest, signature_of_engine
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.cli import app
 from bca_deploy.engines import build as engines
@@ -26,7 +26,8 @@ from bca_deploy.engines.gpus import Gpus
 from bca_deploy.engines.usable import engine_for, installed, rebuild_command, why_stale
 from bca_deploy.errors import BcaError, EngineError, InputError
 from bca_deploy.exporter.build import build
-from bca_deploy.spec import DimRange, Dims, Precision
+from bca_deploy.signature import DimRange, Dims
+from bca_deploy.spec import LAYER_DIMS, Precision
 
 ALL = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 HOPPER = GpuEntry(name="NVIDIA H200", compute_capability="sm90", driver="580.1")
@@ -60,8 +61,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "query", lambda: Gpus(why_none="no NVIDIA driver answers"))
 
 
-def plan(*profiles: ProfileTable, precisions: tuple[Precision, ...] = ("fp32", "fp16"), **options: Any) -> engines.EnginePlan:
-    return engines.plan(EngineTable(**{"library": "rtx", **options}), profiles, Dims(), precisions)
+def plan(
+    *profiles: dict[str, DimRange], precisions: tuple[Precision, ...] = ("fp32", "fp16"), **options: Any
+) -> engines.EnginePlan:
+    return engines.plan(EngineTable(**{"library": "rtx", **options}), profiles, LAYER_DIMS, precisions)
 
 
 def local(entry: EngineEntry, **options: object) -> EngineEntry:
@@ -75,7 +78,7 @@ def local(entry: EngineEntry, **options: object) -> EngineEntry:
 
 def test_by_default_the_engine_is_for_every_target_and_over_all_dims() -> None:
     wanted = plan()
-    assert (wanted.targets, wanted.profiles, wanted.gpu) == (ALL, (Dims(),), None)
+    assert (wanted.targets, wanted.profiles, wanted.gpu) == (ALL, (LAYER_DIMS,), None)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +133,14 @@ def test_tensorrt_is_planned_for_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch
 # ---- what came out is proven
 
 
-def made(entry: EngineEntry, **counts: Any) -> Built:
+def made(entry: EngineEntry, manifest: Manifest, **counts: Any) -> Built:
     """What the builder would say of the entry's engine."""
-    names = {dtype: name for name, dtype in engines.DTYPES.items()}
+    names, signature = {dtype: name for name, dtype in engines.DTYPES.items()}, signature_of_engine(manifest, entry)
     facts = Facts(
         version=entry.version,
         bytes=1,
-        inputs={tensor.name: names[tensor.dtype] for tensor in entry.inputs},
-        outputs={tensor.name: names[tensor.dtype] for tensor in entry.outputs},
+        inputs={tensor.name: names[tensor.dtype] for tensor in signature.inputs},
+        outputs={tensor.name: names[tensor.dtype] for tensor in signature.outputs},
         matmuls={"HALF": 10},
     )
     return Built(replace(facts, **counts), BuildLog("", (), ()), 0.1)
@@ -162,14 +165,16 @@ def test_an_engine_of_another_precision_or_other_edges_never_gets_into_a_bundle(
     built: Path, entry: EngineEntry, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, counts: dict[str, Any]
 ) -> None:
     """The library never said so, but might one day: nobody is to get fp32 silently."""
-    monkeypatch.setattr(engines, "compile_engine", lambda *arguments: made(entry, **counts))
+    monkeypatch.setattr(engines, "compile_engine", lambda *arguments: made(entry, manifest, **counts))
     with untouched(built), pytest.raises(EngineError, match="report this"):
         build(built)
 
 
-def test_the_engine_that_fits_gets_in(built: Path, entry: EngineEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_that_fits_gets_in(
+    built: Path, entry: EngineEntry, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The counterpart: what is refused above is refused for what differs."""
-    monkeypatch.setattr(engines, "compile_engine", lambda *arguments: made(entry))
+    monkeypatch.setattr(engines, "compile_engine", lambda *arguments: made(entry, manifest))
     assert build(built, targets=["sm89"]).matmuls == {"float16": 10}
 
 
@@ -198,8 +203,8 @@ def test_an_engine_loads_only_in_the_version_that_built_it(entry: EngineEntry, m
 
 @given(st.tuples(*[st.integers(0, 30)] * 4), st.tuples(*[st.integers(0, 30)] * 4))
 def test_versions_are_compared_as_numbers(one: tuple[int, ...], other: tuple[int, ...]) -> None:
-    entry = EngineEntry.model_construct(version=".".join(map(str, one)), options=EngineTable(library="tensorrt"))
-    compatible = entry.model_copy(update={"options": EngineTable(library="tensorrt", version_compatible=True)})
+    entry = EngineEntry.model_construct(version=".".join(map(str, one)), options=BuildOptions())
+    compatible = entry.model_copy(update={"options": BuildOptions(version_compatible=True)})
     loaded = ".".join(map(str, other))
     assert usable._loads(entry, loaded) == (one == other)
     assert usable._loads(compatible, loaded) == (other >= one)

@@ -81,7 +81,7 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Children:
 @pytest.fixture
 def request_(exported: Bundle, tmp_path: Path) -> Request:
     """The fp16 model of the small bundle, compiled for one GPU generation."""
-    wanted = engines.plan(EngineTable(library="rtx", targets=("sm89",)), (), exported.manifest.dims, ("fp16",))
+    wanted = engines.plan(EngineTable(library="rtx", targets=("sm89",)), (), exported.manifest.signature.dims, ("fp16",))
     model = engines.model_of(exported.manifest, "fp16")
     request = engines._request(exported.directory, model, wanted, "")
     return replace(request, out=str(tmp_path / "an engine"))

@@ -2,57 +2,55 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.layers import make_spec
 
-from bca_deploy.bundle.engine_options import ProfileTable
-from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.cli.common import read_range
 from bca_deploy.engines.profiles import Ranges, choose_profile, is_static, resolve, shapes
 from bca_deploy.errors import InputError
-from bca_deploy.spec import DimRange, Dims, Interface
+from bca_deploy.signature import DimRange, Dims, Tensor
+from bca_deploy.spec import Interface, layer_signature
 
 DIMS = Dims(batch=DimRange(1, 4, 8), x_len=DimRange(2, 512, 2048), context_len=DimRange(1, 300, 1024))
-NAMES = tuple(axis.name for axis in fields(Dims))
+NAMES = tuple(DIMS)
+Table = dict[str, DimRange]
 
 
-def tensors() -> tuple[TensorEntry, ...]:
-    spec, interface = make_spec(), Interface(rel_pos_bias="shared")
-    axes = interface.inputs(spec) | interface.outputs(spec)
-    return tuple(TensorEntry(name=name, dtype="float32", axes=axes[name]) for name in axes)
+def tensors() -> tuple[Tensor, ...]:
+    signature = layer_signature(make_spec(), Interface(rel_pos_bias="shared"))
+    return (*signature.inputs, *signature.outputs)
 
 
 @st.composite
-def inside(draw: st.DrawFn) -> ProfileTable:
+def inside(draw: st.DrawFn) -> Table:
     """A profile inside DIMS; a dimension may be left out."""
     ranges = {}
     for name in draw(st.sets(st.sampled_from(NAMES))):
-        allowed = getattr(DIMS, name)
+        allowed = DIMS[name]
         sizes = st.integers(allowed.min, allowed.max)
         ranges[name] = DimRange(*sorted(draw(st.tuples(sizes, sizes, sizes))))
-    return ProfileTable(**ranges)
+    return ranges
 
 
 @given(inside())
-def test_a_profile_inside_the_dims_is_kept_and_filled_up_with_them(table: ProfileTable) -> None:
+def test_a_profile_inside_the_dims_is_kept_and_filled_up_with_them(table: Table) -> None:
     (profile,) = resolve((table,), DIMS)
     for name in NAMES:
-        assert getattr(profile, name) == (getattr(table, name) or getattr(DIMS, name))
+        assert profile[name] == table.get(name, DIMS[name])
 
 
 @given(inside())
-def test_the_shapes_of_a_profile_are_ordered_and_one_name_is_one_size(table: ProfileTable) -> None:
+def test_the_shapes_of_a_profile_are_ordered_and_one_name_is_one_size(table: Table) -> None:
     (profile,) = resolve((table,), DIMS)
     entries = tensors()
     found = shapes(profile, entries)
     assert list(found) == [entry.name for entry in entries]
     for entry in entries:
         for axis, *sizes in zip(entry.axes, *found[entry.name], strict=True):
-            wanted = [axis] * 3 if isinstance(axis, int) else list(vars(getattr(profile, axis)).values())
+            wanted = [axis] * 3 if isinstance(axis, int) else list(vars(profile[axis]).values())
             assert sizes == wanted
             assert sizes == sorted(sizes)
 
@@ -62,8 +60,8 @@ def test_without_a_table_there_is_one_profile_over_all_dims() -> None:
 
 
 def test_several_profiles_keep_their_order() -> None:
-    tables = [ProfileTable(batch=DimRange(size, size, size)) for size in (8, 1, 4)]
-    assert [profile.batch.opt for profile in resolve(tables, DIMS)] == [8, 1, 4]
+    tables = [{"batch": DimRange(size, size, size)} for size in (8, 1, 4)]
+    assert [profile["batch"].opt for profile in resolve(tables, DIMS)] == [8, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -75,28 +73,35 @@ def test_several_profiles_keep_their_order() -> None:
     ],
 )
 def test_a_range_outside_the_dims_is_refused_with_both_and_both_ways_out(name: str, asked: DimRange) -> None:
-    allowed, flag = getattr(DIMS, name), name.replace("_", "-")
+    allowed, flag = DIMS[name], name.replace("_", "-")
     message = (
         f"profile 2: {name} {asked.min} to {asked.max} is outside the bundle's {allowed.min} to {allowed.max}; "
         f"narrow the profile, or export again with --{flag} {asked.min}:{asked.opt}:{asked.max}"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        resolve((ProfileTable(), ProfileTable(**{name: asked})), DIMS)
+        resolve(({}, {name: asked}), DIMS)
     assert DimRange(**(read_range(message.rpartition(" ")[2]) or {})) == asked  # the flag is one that the command line reads
 
 
-@pytest.mark.parametrize("again", [ProfileTable(), ProfileTable(**vars(DIMS))])
-def test_the_same_profile_twice_is_refused_however_it_is_written(again: ProfileTable) -> None:
+@pytest.mark.parametrize("again", [{}, dict(DIMS)])
+def test_a_dimension_that_there_is_not_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        InputError, match=r"profile 1: 'x_length' is no dimension \(did you mean 'x_len'\?\); there are batch, x"
+    ):
+        resolve(({"x_length": DimRange(1, 1, 1)},), DIMS)
+
+
+def test_the_same_profile_twice_is_refused_however_it_is_written(again: Table) -> None:
     with pytest.raises(InputError, match="two optimization profiles are the same; leave one of them out"):
-        resolve((ProfileTable(), ProfileTable(batch=DimRange(1, 1, 1)), again), DIMS)
+        resolve(({}, {"batch": DimRange(1, 1, 1)}, again), DIMS)
 
 
 def test_only_one_profile_that_fixes_everything_is_static() -> None:
-    one, two = (Dims(*[DimRange(size, size, size)] * 3) for size in (1, 2))
+    one, two = (Dims(dict.fromkeys(NAMES, DimRange(size, size, size))) for size in (1, 2))
     assert is_static((one,))
     assert not is_static((one, two))  # there is a profile to choose
     for name in NAMES:
-        assert not is_static((Dims(**{**vars(one), name: DimRange(1, 1, 2)}),))
+        assert not is_static((Dims(one, **{name: DimRange(1, 1, 2)}),))
 
 
 # ---- the profile for given shapes

@@ -23,7 +23,7 @@ from support.servers import until
 from typer.testing import CliRunner, Result
 
 import bca_deploy
-from bca_deploy.bundle.manifest import EngineEntry
+from bca_deploy.bundle.manifest import EngineEntry, signature_of_engine
 from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.cli import app, export_app
@@ -36,7 +36,7 @@ from bca_deploy.exporter import models, plan
 from bca_deploy.exporter import verify as verification
 from bca_deploy.exporter.build import build
 from bca_deploy.exporter.recipe import read_recipe
-from bca_deploy.spec import Dims
+from bca_deploy.spec import LAYER_DIMS
 
 BIN = Path(sys.executable).parent
 ALL = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -137,13 +137,12 @@ def test_the_entry_says_what_the_engine_is(fusable: Path) -> None:
     entry = build(fusable, "rtx", targets=["sm89"])
     with Bundle.open(fusable) as bundle:
         assert bundle.manifest.engines == (entry,)
-        model, size = bundle.manifest.models[0], bundle.path(entry.file).stat().st_size
+        size = bundle.path(entry.file).stat().st_size
         assert bundle.manifest.files[entry.file].bytes == size
         assert bundle.manifest.files[entry.file].sha256 == sha256(bundle.path(entry.file))
     assert (entry.file, entry.library, entry.version) == ("engines/rtx-fp16.engine", "rtx", usable.installed("rtx"))
     assert (entry.model, entry.precision, entry.gpu, entry.static) == ("models/fp16.onnx", "fp16", None, False)
-    assert entry.profiles == (Dims(),)
-    assert (entry.inputs, entry.outputs) == (model.inputs, model.outputs)
+    assert entry.profiles == (LAYER_DIMS,)
     assert entry.matmuls == {"float16": 10}
     assert entry.scratch_bytes is not None
     assert entry.scratch_bytes > 0
@@ -212,12 +211,12 @@ def test_a_user_s_own_file_in_the_bundle_stays(copy: Path) -> None:
 def test_several_profiles_go_into_one_engine(copy: Path) -> None:
     flags = ["--profile", "batch=1,x_len=1:128:512", "--profile", "batch=8,context_len=1:64:64"]
     ok(bca("build", copy, "--engine", "rtx", "--target", "sm89", *flags))
-    entry, dims = engine_of(copy), vars(Dims())
+    entry, dims = engine_of(copy), vars(LAYER_DIMS)
     assert [vars(profile) for profile in entry.profiles] == [
         dims | {"batch": entry.profiles[0].batch, "x_len": entry.profiles[0].x_len},
         dims | {"batch": entry.profiles[1].batch, "context_len": entry.profiles[1].context_len},
     ]
-    assert [(p.batch.min, p.batch.max) for p in entry.profiles] == [(1, 1), (8, 8)]
+    assert [(p["batch"].min, p["batch"].max) for p in entry.profiles] == [(1, 1), (8, 8)]
     assert not entry.static
     with Bundle.open(copy) as bundle:
         assert [path.name for path in bundle.path(entry.file).parent.iterdir()] == ["rtx-fp16.engine"]
@@ -280,7 +279,7 @@ def test_a_model_that_is_not_there_is_made_from_the_bundle_s_weights_and_judged(
     assert made.parity.cases >= 40
     assert [report["model"] for report in reports] == ["fp32", "fp32.onnxruntime-cpu", "fp16"]
     assert (entry.model, entry.matmuls) == (made.file, {"float16": 10})  # float16 products, and no other
-    assert {tensor.dtype for tensor in entry.inputs} == {"float32", "bool"}  # the edges are as in the first model
+    assert made.keep_io_types == first.keep_io_types
     assert all(verification.verify(single, scope="quick"))  # the self-test has the new model's bounds too
 
 
@@ -306,10 +305,10 @@ def test_the_engine_s_edges_are_the_model_s(tmp_path: Path, flag: str, edge: str
     options = ["--checkpoint", tmp_path / "layer.safetensors", "--heads", "3", "--precision", "fp16", flag]
     ok(bca_export(*options, "--engine", "rtx", "--target", "sm89", "--out", tmp_path / "m"))
     with Bundle.open(tmp_path / "m") as bundle:
-        (entry,), (model,) = bundle.manifest.engines, bundle.manifest.models
-    assert {tensor.dtype for tensor in entry.inputs} == {edge, "bool"}
-    assert {tensor.dtype for tensor in entry.outputs} == {edge}
-    assert (entry.inputs, entry.outputs) == (model.inputs, model.outputs)
+        (entry,) = bundle.manifest.engines
+        signature = signature_of_engine(bundle.manifest, entry)
+    assert {tensor.dtype for tensor in signature.inputs} == {edge, "bool"}  # and the build would fail if they were others
+    assert {tensor.dtype for tensor in signature.outputs} == {edge}
     assert set(entry.matmuls) == {"float16"}
 
 
@@ -357,7 +356,7 @@ def test_a_recipe_may_say_it_all(copy: Path, tmp_path: Path) -> None:
     ok(bca("build", copy, "--recipe", recipe))
     entry = engine_of(copy)
     assert (entry.targets, entry.precision, entry.options.layer_names) == (("sm86",), "fp32", "names")
-    assert entry.profiles[0].batch.max == 1
+    assert entry.profiles[0]["batch"].max == 1
     ok(bca("build", copy, "--recipe", recipe, "--target", "sm89"))  # a flag overrides it
     assert engine_of(copy).targets == ("sm89",)
 
@@ -383,10 +382,11 @@ def test_the_reference_lowering_compiles_too(tmp_path: Path, changes: dict[str, 
     with bca_deploy.export(module, tmp_path / "m", precision="fp16", outputs=maps, engine={"library": "rtx"}) as bundle:
         (entry,) = bundle.manifest.engines
         assert bundle.manifest.models[0].lowering == "reference"
+        outputs = bundle.manifest.signature.outputs
     assert entry.targets == ALL
     assert set(entry.matmuls) == {"float16"}
     assert entry.attentions_fused is False  # the literal graph has no attention that a compiler would know
-    assert [tensor.name for tensor in entry.outputs][2:] == (["attn", "context_attn"] if changes.get("maps") else [])
+    assert [tensor.name for tensor in outputs][2:] == (["attn", "context_attn"] if changes.get("maps") else [])
 
 
 # ---- refused

@@ -16,7 +16,7 @@ from bca_deploy.exporter import graph
 from bca_deploy.exporter.graph import OPSETS, trace, write
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import graph_state, lower
-from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision
+from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision, layer_signature
 
 
 def traced(
@@ -24,7 +24,7 @@ def traced(
 ) -> ir.Model:
     lowering = "reference" if interface.attention_maps or checkpoint.spec.talking_heads else "fused"
     model = lower(checkpoint, lowering, precision, keep, interface.attention_maps)
-    return trace(model, checkpoint.spec, interface, opset, {"note": "made by a test"})
+    return trace(model, layer_signature(checkpoint.spec, interface), opset, {"note": "made by a test"})
 
 
 def session_of(path: Path) -> ort.InferenceSession:

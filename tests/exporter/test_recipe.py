@@ -12,7 +12,8 @@ from bca_deploy.exporter.graph import check_opset
 from bca_deploy.exporter.plan import load_checkpoint
 from bca_deploy.exporter.recipe import Recipe, read_recipe
 from bca_deploy.layers.lowered_model import choose
-from bca_deploy.spec import DimRange, Dims, Interface, LayerSpec
+from bca_deploy.signature import DimRange, Dims
+from bca_deploy.spec import LAYER_DIMS, Interface, LayerSpec
 
 Reader = Callable[..., Recipe]
 
@@ -35,7 +36,7 @@ def test_defaults_are_the_documented_export() -> None:
     recipe = read_recipe(None)
     assert recipe.layer.spec() == LayerSpec(dim=512, context_dim=386, heads=8, dim_head=64, prenorm=True, norm="layer")
     assert recipe.interface == Interface(mask=True, context_mask=True, rel_pos_bias="none", attention_maps=False)
-    assert recipe.dims == Dims(DimRange(1, 4, 8), DimRange(1, 512, 2048), DimRange(1, 512, 2048))
+    assert recipe.ranges == Dims(batch=DimRange(1, 4, 8), x_len=DimRange(1, 512, 2048), context_len=DimRange(1, 512, 2048))
     assert (recipe.opset, recipe.lowering, recipe.precision, recipe.parity) == (17, "auto", ("fp32",), "quick")
     assert (recipe.keep_io_types, recipe.external_data_bytes, recipe.seed) == (True, 2_000_000_000, 0)
 
@@ -84,7 +85,7 @@ def test_every_key_of_a_file_is_read(recipe_of: Reader) -> None:
     """)
     assert recipe.layer.spec() == LayerSpec(dim=24, context_dim=16, heads=3, dim_head=8, talking_heads=True)
     assert recipe.interface == Interface(False, False, "batch", True)
-    assert recipe.dims == Dims(DimRange(1, 1, 2), DimRange(2, 3, 4), DimRange(5, 5, 5))
+    assert recipe.ranges == Dims(batch=DimRange(1, 1, 2), x_len=DimRange(2, 3, 4), context_len=DimRange(5, 5, 5))
     assert recipe.model_dump(include={"opset", "lowering", "precision", "keep_io_types", "parity", "external_data_bytes"}) == {
         "opset": 20,
         "lowering": "reference",
@@ -103,8 +104,8 @@ def test_flags_override_the_file_key_by_key(recipe_of: Reader) -> None:
     assert recipe.opset == 20
     assert recipe.precision == ("fp16",)
     assert recipe.interface == Interface(mask=False, context_mask=False)
-    assert recipe.dims.batch == DimRange(4, 4, 4)
-    assert recipe.dims.x_len == Dims().x_len
+    assert recipe.ranges["batch"] == DimRange(4, 4, 4)
+    assert recipe.ranges["x_len"] == LAYER_DIMS["x_len"]
 
 
 def test_a_flag_that_was_not_given_overrides_nothing(recipe_of: Reader) -> None:

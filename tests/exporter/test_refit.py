@@ -16,7 +16,7 @@ from support.layers import make_checkpoint
 from typer.testing import CliRunner, Result
 
 import bca_deploy
-from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.engine_options import BuildOptions
 from bca_deploy.bundle.manifest import GpuEntry, ModelEntry
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import staged
@@ -36,7 +36,7 @@ from bca_deploy.exporter.build import build
 from bca_deploy.exporter.refit import refit
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.parity import user_sample
-from bca_deploy.spec import Dims, Interface
+from bca_deploy.spec import LAYER_DIMS, Interface
 
 HOPPER = GpuEntry(name="NVIDIA H200", compute_capability="sm90", driver="580.1")
 
@@ -86,7 +86,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, new: Checkpoint) -> Path:
     (place / "text.safetensors").write_text("not weights")
     for name, checkpoint in (("new", new), ("old", make_checkpoint(prenorm=True))):
         module = checkpoint.module(torch.float32)
-        np.savez(place / f"{name}.npz", **user_sample.from_module(module, checkpoint.spec, Interface(), Dims()))  # type: ignore[arg-type]
+        np.savez(place / f"{name}.npz", **user_sample.from_module(module, checkpoint.spec, Interface(), LAYER_DIMS))  # type: ignore[arg-type]
     return place
 
 
@@ -136,7 +136,7 @@ def test_every_part_of_the_bundle_becomes_the_new_weights(engined: Path, files: 
         assert after.files[name].sha256 != before.files[name].sha256, name
     assert "expect.npz" not in after.files
     assert not (engined / "expect.npz").exists()
-    assert (after.layer, after.interface, after.dims) == (before.layer, before.interface, before.dims)
+    assert (after.layer, after.interface, after.signature) == (before.layer, before.interface, before.signature)
     assert all(verification.verify(engined, scope="quick"))
 
 
@@ -324,7 +324,7 @@ def test_a_second_writer_is_refused(engined: Path, files: Path) -> None:
 def on_hopper(engined: Path, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The bundle's engine as TensorRT would have built it, refittable; what is asked of the builder is recorded."""
     with Bundle.open(engined) as bundle:
-        options = EngineTable(library="tensorrt", refittable=True)
+        options = BuildOptions(refittable=True)
         changes = {"library": "tensorrt", "targets": (), "gpu": HOPPER, "options": options}
         entry = bundle.manifest.engines[0].model_copy(update=changes)
         text = bundle.manifest.model_copy(update={"engines": (entry,)}).model_dump_json()

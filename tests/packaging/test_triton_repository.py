@@ -20,7 +20,7 @@ from support.servers import PATIENCE_S, Server, put_stand_in, triton_environment
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 import bca_deploy
-from bca_deploy.bundle.engine_options import EngineTable
+from bca_deploy.bundle.engine_options import BuildOptions
 from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, Manifest
 from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import seal
@@ -29,7 +29,8 @@ from bca_deploy.packaging import triton_repository as packaging
 from bca_deploy.packaging.triton_repository import Options
 from bca_deploy.serving.client import RemoteSession
 from bca_deploy.session.session import Session
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.signature import DimRange, Dims
+from bca_deploy.spec import LAYER_DIMS
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,9 @@ def test_a_repository_is_added_to_and_never_overwritten(exported: Bundle, tmp_pa
     assert len(list(tmp_path.iterdir())) == 4
 
 
+SHORT = Dims(batch=DimRange(1, 1, 1), x_len=DimRange(1, 64, 128), context_len=DimRange(1, 64, 128))
+
+
 def tensorrt_bundle(exported: Bundle, place: Path, *capabilities: str, **changes: Any) -> Bundle:
     """The bundle as it would be with engines that TensorRT built on such GPUs; the files hold no engine."""
     directory = Path(shutil.copytree(exported.directory, place))
@@ -107,9 +111,8 @@ def tensorrt_bundle(exported: Bundle, place: Path, *capabilities: str, **changes
         entry = EngineEntry(
             file=file, library="tensorrt", version="10.13.3.9", model=model.file, model_sha256=sha256(directory / model.file),
             precision="fp16", targets=(), gpu=GpuEntry(name="a GPU", compute_capability=capability, driver="580"),
-            profiles=(Dims(DimRange(1, 1, 1), DimRange(1, 64, 128), DimRange(1, 64, 128)), Dims()), static=False,
-            inputs=model.inputs, outputs=model.outputs, matmuls={}, weights={}, scratch_bytes=None, weight_bytes=None,
-            attentions_fused=None, fusion_evidence="unknown", options=EngineTable(library="tensorrt"),
+            profiles=(SHORT, LAYER_DIMS), static=False, matmuls={}, weights={}, scratch_bytes=None, weight_bytes=None,
+            attentions_fused=None, fusion_evidence="unknown", options=BuildOptions(),
         )  # fmt: skip
         entries.append(entry.model_copy(update=changes))
     seal(directory, Manifest.model_validate(exported.manifest.model_dump() | {"engines": [e.model_dump() for e in entries]}))
@@ -121,7 +124,7 @@ def test_tensorrt_engines_become_plans_one_for_each_gpu_with_every_profile(expor
     front, engine = packaging.write(bundle, tmp_path / "models", Options(tensorrt_version="10.13.3.9"))
     facts = json.loads((front / "1" / "front.json").read_text(encoding="utf-8"))
     assert facts["tensorrt_version"] == "10.13.3.9"
-    assert facts["dims"]["x_len"] == {"min": 1, "opt": 64, "max": 2048}, "what any of the profiles takes"
+    assert facts["signature"]["dims"]["x_len"] == {"min": 1, "opt": 64, "max": 2048}, "what any of the profiles takes"
     config = config_of(engine)
     assert config.platform == "tensorrt_plan"
     assert dict(config.cc_model_filenames) == {"9.0": "tensorrt-fp16-sm90.plan", "10.0": "tensorrt-fp16-sm100.plan"}
@@ -134,7 +137,7 @@ def test_tensorrt_engines_become_plans_one_for_each_gpu_with_every_profile(expor
 
 
 def test_the_front_takes_as_many_rows_as_the_model(exported: Bundle, tmp_path: Path) -> None:
-    wide = (Dims(), Dims(batch=DimRange(1, 64, 128)))
+    wide = (LAYER_DIMS, Dims(LAYER_DIMS, batch=DimRange(1, 64, 128)))
     bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", profiles=wide)
     for name, asked, taken in (("one", 64, 128), ("two", 200, 200)):
         front, _ = packaging.write(bundle, tmp_path / "models", Options(name, max_batch=asked))
@@ -142,7 +145,7 @@ def test_the_front_takes_as_many_rows_as_the_model(exported: Bundle, tmp_path: P
 
 
 def test_engines_that_later_versions_load_are_not_mixed_with_others(exported: Bundle, tmp_path: Path) -> None:
-    compatible = EngineTable(library="tensorrt", version_compatible=True)
+    compatible = BuildOptions(version_compatible=True)
     bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", "sm100")
     entries = [e.model_dump() for e in bundle.manifest.engines]
     entries[0]["options"] = compatible.model_dump()
@@ -332,7 +335,7 @@ def test_the_front_refuses_another_tensorrt_than_the_engines(exported: Bundle, t
 def test_the_front_takes_a_later_tensorrt_for_a_version_compatible_engine(
     exported: Bundle, tmp_path: Path, found: str, loads: bool
 ) -> None:
-    options = EngineTable(library="tensorrt", version_compatible=True)
+    options = BuildOptions(version_compatible=True)
     bundle = tensorrt_bundle(exported, tmp_path / "bundle", "sm90", options=options)
     packaging.write(bundle, tmp_path / "models", Options(tensorrt_version="11.4.0"))
     triton_environment()

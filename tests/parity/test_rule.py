@@ -24,7 +24,8 @@ from bca_deploy.parity.trial import Trial
 from bca_deploy.parity.truth import ORDERS, evaluations, run_module, sharpen, sharpening, true_outputs
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.parity.yardstick import Inputs, Yardstick
-from bca_deploy.spec import DimRange, Dims, Interface, Lowering, Precision
+from bca_deploy.signature import DimRange, Dims
+from bca_deploy.spec import LAYER_DIMS, Interface, Lowering, Precision, layer_signature
 
 BIASED = Interface(rel_pos_bias="shared")
 
@@ -33,9 +34,9 @@ def subject_of(
     tmp_path: Path, form: Lowering = "fused", interface: Interface = BIASED, precision: Precision = "fp32", **layer: object
 ) -> Subject:
     checkpoint = make_checkpoint(**layer)
-    model = trace(lower(checkpoint, form, precision), checkpoint.spec, interface, 17)
+    model = trace(lower(checkpoint, form, precision), layer_signature(checkpoint.spec, interface), 17)
     write(model, tmp_path / "model.onnx")
-    return Subject(tmp_path / "model.onnx", checkpoint, interface, Dims(), precision, keep_io_types=True)
+    return Subject(tmp_path / "model.onnx", checkpoint, interface, LAYER_DIMS, precision, keep_io_types=True)
 
 
 def wrong_values(verdict: Verdict) -> list[str]:
@@ -217,7 +218,9 @@ def test_rounding_the_weights_is_reported_apart(exported: Bundle) -> None:
     results = {}
     for precision in ("fp32", "fp16"):
         path = exported.path(f"models/{precision}.onnx")
-        subject = Subject(path, checkpoint, exported.manifest.interface, exported.manifest.dims, precision, keep_io_types=True)  # type: ignore[arg-type]
+        subject = Subject(
+            path, checkpoint, exported.manifest.interface, exported.manifest.signature.dims, precision, keep_io_types=True
+        )  # type: ignore[arg-type]
         results[precision] = judge(subject, "quick")
     assert results["fp32"].weight_rounding < 1e-12  # two runs in float64, of the same weights
     assert 1e-5 < results["fp16"].weight_rounding < 1e-2
@@ -227,8 +230,8 @@ def test_rounding_the_weights_is_reported_apart(exported: Bundle) -> None:
 def test_the_graph_for_the_cpu_is_the_layer_whichever_masks_it_has(tmp_path: Path, masks: tuple[bool, bool]) -> None:
     checkpoint, interface = make_checkpoint(prenorm=True), Interface(mask=masks[0], context_mask=masks[1])
     lowered = lower(checkpoint, "fused", runtime="onnxruntime-cpu", masked=interface.masked)
-    write(trace(lowered, checkpoint.spec, interface, 17, runtime="onnxruntime-cpu"), tmp_path / "cpu.onnx")
-    verdict = judge(Subject(tmp_path / "cpu.onnx", checkpoint, interface, Dims(), "fp32", True), "quick")
+    write(trace(lowered, layer_signature(checkpoint.spec, interface), 17, runtime="onnxruntime-cpu"), tmp_path / "cpu.onnx")
+    verdict = judge(Subject(tmp_path / "cpu.onnx", checkpoint, interface, LAYER_DIMS, "fp32", True), "quick")
     assert verdict, verdict.failures
 
 
@@ -257,8 +260,11 @@ ONE = DimRange(1, 1, 1)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_right_model_of_one_token_a_side_passes(tmp_path: Path, seed: int) -> None:
     checkpoint = make_checkpoint(seed, dim=32, heads=4, dim_head=16, prenorm=True)
-    write(trace(lower(checkpoint, "fused"), checkpoint.spec, Interface(), 17), tmp_path / "model.onnx")
-    verdict = judge(Subject(tmp_path / "model.onnx", checkpoint, Interface(), Dims(ONE, ONE, ONE), "fp32", True), "quick")
+    write(trace(lower(checkpoint, "fused"), layer_signature(checkpoint.spec, Interface()), 17), tmp_path / "model.onnx")
+    verdict = judge(
+        Subject(tmp_path / "model.onnx", checkpoint, Interface(), Dims(batch=ONE, x_len=ONE, context_len=ONE), "fp32", True),
+        "quick",
+    )
     assert verdict, verdict.failures
 
 

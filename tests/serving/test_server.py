@@ -196,11 +196,12 @@ import numpy as np
 import bca_deploy
 from bca_deploy.serving.endpoints import BundleModel
 from bca_deploy.session.contract import Contract
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.signature import DimRange, Dims
 from bca_deploy.serving.protocol import Request
-short, long = (Dims(DimRange(1, 1, 8), DimRange(*r), DimRange(*r)) for r in ((1, 64, 128), (129, 512, 2048)))
+few, lengths = DimRange(1, 1, 8), (DimRange(1, 64, 128), DimRange(129, 512, 2048))
+short, long = (Dims(batch=few, x_len=length, context_len=length) for length in lengths)
 session = bca_deploy.open({str(exported.directory)!r})
-session._contract = Contract(session.inputs, session.dims, (short, long))
+session._contract = Contract(session.signature, (short, long))
 inputs = dict(x=np.zeros((1, 4, 24), np.float32), context=np.zeros((1, 200, 16), np.float32))
 asyncio.run(BundleModel("bca", session, None).predict(Request(inputs)))
 """

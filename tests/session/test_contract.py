@@ -8,18 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.layers import make_spec
 
-from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import InputError
 from bca_deploy.session.contract import Contract
-from bca_deploy.spec import Bias, DimRange, Dims, Interface
+from bca_deploy.signature import DimRange, Dims, DType
+from bca_deploy.spec import Bias, Interface, layer_signature
 
 DIMS = Dims(batch=DimRange(1, 2, 4), x_len=DimRange(2, 8, 16), context_len=DimRange(1, 8, 12))
 
 
-def contract(bias: Bias = "none", masks: bool = True, dtype: str = "float32") -> Contract:
-    axes = Interface(masks, masks, bias).inputs(make_spec())
-    kinds = {name: "bool" if name.endswith("mask") else dtype for name in axes}
-    return Contract([TensorEntry(name=n, dtype=kinds[n], axes=a) for n, a in axes.items()], DIMS)  # type: ignore[arg-type]
+def contract(bias: Bias = "none", masks: bool = True, dtype: DType = "float32") -> Contract:
+    return Contract(layer_signature(make_spec(), Interface(masks, masks, bias), DIMS).of_floats(dtype))
 
 
 def pair(batch: int = 2, x_len: int = 5, context_len: int = 3, dtype: str = "float32") -> dict[str, Any]:

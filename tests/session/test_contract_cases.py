@@ -8,16 +8,22 @@ import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 import pytest
 
-from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import InputError
 from bca_deploy.session.contract import Contract
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.signature import DimRange, Dims, Signature, Tensor
 
 TABLE = json.loads((Path(__file__).parents[1] / "contract_cases.json").read_text(encoding="utf-8"))
 
 
 def dims(given: dict[str, Any]) -> Dims:
-    return Dims(**{name: DimRange(**sizes) for name, sizes in given.items()})
+    return Dims({name: DimRange(**sizes) for name, sizes in given.items()})
+
+
+def signature(case: dict[str, Any]) -> Signature:
+    model = TABLE["models"][case["model"]]
+    inputs = tuple(Tensor(**tensor | {"axes": tuple(tensor["axes"])}) for tensor in model["inputs"])
+    ranges = model.get("dims", TABLE["dims"]) | case.get("dims", {})
+    return Signature(inputs, (), dims(ranges), model.get("batch", "batch"), model.get("masks", {}))
 
 
 def array(given: dict[str, Any]) -> np.ndarray:
@@ -27,13 +33,13 @@ def array(given: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("case", TABLE["cases"], ids=lambda case: case["case"])
 def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
-    tensors = [TensorEntry.model_validate(tensor) for tensor in TABLE["models"][case["model"]]]
     profiles = tuple(map(dims, TABLE["profiles"].get(case.get("profiles"), ())))
-    contract = Contract(tensors, dims(TABLE["dims"] | case.get("dims", {})), profiles)
+    wanted = signature(case)
+    contract = Contract(wanted, profiles)
     given = {name: array(entry) for name, entry in case["inputs"].items()}
     if case["error"] is None:
         ready = contract.check(contract.bind((), given), case.get("cast", False))
-        assert {name: value.dtype.name for name, value in ready.items()} == {t.name: t.dtype for t in tensors}
+        assert {name: value.dtype.name for name, value in ready.items()} == {t.name: t.dtype for t in wanted.inputs}
         return
     with pytest.raises(InputError) as error:
         contract.check(contract.bind((), given), case.get("cast", False))

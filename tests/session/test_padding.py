@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.layers import make_spec
 
 from bca_deploy.session.padding import PADDING, grouped
-from bca_deploy.spec import DimRange, Dims
+from bca_deploy.signature import DimRange, Dims
+from bca_deploy.spec import LAYER_DIMS, Interface, layer_signature
 
-SHORT = Dims(DimRange(1, 1, 16), DimRange(1, 64, 128), DimRange(1, 64, 128))
-LONG = Dims(DimRange(1, 1, 4), DimRange(129, 512, 2048), DimRange(129, 512, 2048))
+SHORT = Dims(batch=DimRange(1, 1, 16), x_len=DimRange(1, 64, 128), context_len=DimRange(1, 64, 128))
+LONG = Dims(batch=DimRange(1, 1, 4), x_len=DimRange(129, 512, 2048), context_len=DimRange(129, 512, 2048))
+LAYER = layer_signature(make_spec(), Interface())
 length = st.integers(1, 128) | st.integers(129, 2048)
 
 
@@ -22,7 +25,7 @@ def run_of(shapes: list[tuple[int, int, int]]) -> dict[str, int]:
 def test_every_request_is_in_one_run_that_a_profile_holds_with_little_padding(shapes: list[tuple[int, int, int]]) -> None:
     profiles = [SHORT, LONG]
     fitting = {index: shape for index, shape in enumerate(shapes) if any(p.holds(run_of([shape])) for p in profiles)}
-    groups = grouped(fitting, profiles)
+    groups = grouped({index: LAYER.dims.named(shape) for index, shape in fitting.items()}, LAYER, profiles)
     assert sorted(index for group in groups for index in group) == sorted(fitting)
     for group in groups:
         run = run_of([fitting[index] for index in group])
@@ -32,13 +35,17 @@ def test_every_request_is_in_one_run_that_a_profile_holds_with_little_padding(sh
 
 
 def test_requests_of_one_length_fill_the_largest_batch() -> None:
-    assert [len(group) for group in grouped(dict.fromkeys(range(40), (1, 64, 64)), [SHORT])] == [16, 16, 8]
+    assert [len(group) for group in grouped(dict.fromkeys(range(40), LAYER.dims.named((1, 64, 64))), LAYER, [SHORT])] == [
+        16,
+        16,
+        8,
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bands_take_fewer_runs_than_one_order_does(seed: int) -> None:
     lengths = np.random.default_rng(seed).integers(16, 513, (64, 2)).tolist()
-    runs = len(grouped({index: (1, n, m) for index, (n, m) in enumerate(lengths)}, [Dims()]))
+    runs = len(grouped({i: LAYER.dims.named((1, *pair)) for i, pair in enumerate(lengths)}, LAYER, [LAYER_DIMS]))
     assert runs <= 16
     assert runs < len(one_order(lengths))
 

@@ -651,7 +651,9 @@ def test_spans_of_opentelemetry_are_made_of_what_an_observer_is_told(exported: B
     tracer = provider.get_tracer("server")
 
     def span(call: Call) -> None:
-        made = tracer.start_span("bca", start_time=call.start_ns, attributes={"backend": call.backend, "batch": call.batch})
+        made = tracer.start_span(
+            "bca", start_time=call.start_ns, attributes={"backend": call.backend, "batch": call.sizes["batch"]}
+        )
         made.end(call.end_ns)
 
     with bca_deploy.open(exported.directory, on_call=span) as session:
@@ -687,7 +689,7 @@ def test_an_observer_is_told_of_failures(exported: Bundle, monkeypatch: pytest.M
         monkeypatch.setattr(session._backend, "run", lambda inputs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             session(**make(1, 2, 3))
-    assert [(call.failed, call.x_len, call.context_len) for call in told] == [(True, 2, 3)]
+    assert [(call.failed, call.sizes) for call in told] == [(True, {"batch": 1, "x_len": 2, "context_len": 3})]
 
 
 def test_shapes_that_were_accepted_are_still_checked_for_everything_else(session: Session) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from bca_deploy.bundle.manifest import EngineEntry, GpuEntry
+from bca_deploy.bundle.manifest import EngineEntry, GpuEntry, signature_of_engine
+from bca_deploy.bundle.read import read_manifest
 from bca_deploy.engines import libraries
 from bca_deploy.engines.gpus import Gpus
 from bca_deploy.engines.profiles import Ranges, shapes
@@ -30,6 +31,7 @@ from bca_deploy.session.backends import engine, engine_runner, loaded_engine
 from bca_deploy.session.backends import ort as ort_backend
 from bca_deploy.session.backends.cuda import DeviceArray, Launch
 from bca_deploy.session.contract import numpy_dtype
+from bca_deploy.signature import Signature
 
 Shape = tuple[int, ...]
 Work = Callable[[], None]
@@ -212,12 +214,12 @@ class EngineDouble:
 
     device_memory_size_v2 = 4096
 
-    def __init__(self, gpu: HostGpu, network: Network, entry: EngineEntry, onnx: Path) -> None:
+    def __init__(self, gpu: HostGpu, network: Network, entry: EngineEntry, signature: Signature, onnx: Path) -> None:
         self.gpu, self.network, self.entry = gpu, network, entry
-        self.profiles: list[Ranges] = [shapes(profile, entry.inputs) for profile in entry.profiles]
+        self.profiles: list[Ranges] = [shapes(profile, signature.inputs) for profile in entry.profiles]
         self.num_io_tensors, self.num_optimization_profiles = len(network.dtypes), len(entry.profiles)
-        self.axes = {t.name: t.axes for t in (*entry.inputs, *entry.outputs)}
-        self.dtypes = {t.name: numpy_dtype(t.dtype) for t in (*entry.inputs, *entry.outputs)}
+        self.axes = {t.name: t.axes for t in (*signature.inputs, *signature.outputs)}
+        self.dtypes = {t.name: numpy_dtype(t.dtype) for t in (*signature.inputs, *signature.outputs)}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.compute = Compute(onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"]))
@@ -356,7 +358,7 @@ def machine(
 ) -> Machine:
     """Make this machine one with a GPU on which engines open, and a bundle's engine one that computes its model."""
     real, found = libraries.load("rtx"), Machine(HostGpu(capability), [])
-    network = read_network(directory / entry.model)
+    network, signature = read_network(directory / entry.model), signature_of_engine(read_manifest(directory), entry)
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -366,7 +368,7 @@ def machine(
             if not content.startswith((directory / entry.file).read_bytes()[:64]):
                 self.logger.log(real.ILogger.Severity.ERROR, "the engine's header is damaged\nand more")
                 return None
-            found.engines.append(EngineDouble(found.gpu, network, entry, directory / entry.model))
+            found.engines.append(EngineDouble(found.gpu, network, entry, signature, directory / entry.model))
             return found.engines[-1]
 
     library = SimpleNamespace(

@@ -7,10 +7,10 @@ from typing import Any, Literal, Protocol, get_args
 
 from numpy.typing import NDArray
 
-from bca_deploy.bundle.manifest import TensorEntry
 from bca_deploy.errors import InputError, check_one_of
 from bca_deploy.session.backends.cuda import DeviceArray, Gpu
-from bca_deploy.spec import PRECISIONS, Dims, Precision
+from bca_deploy.signature import Dims, Signature
+from bca_deploy.spec import PRECISIONS, Precision
 
 Array = NDArray[Any]
 
@@ -34,8 +34,8 @@ class Backend(Protocol):
         name: as chosen.
         precision: of what runs.
         what: the file that runs and what runs it, in a few words.
-        inputs: what it takes; ``outputs`` what it gives.
-        dims: the sizes that it takes; ``profiles`` the combinations of them, where not every one will do.
+        signature: what it takes and gives.
+        profiles: the combinations of sizes, where not every one within the signature's ranges will do.
         pads: whether many requests of different lengths are faster padded into batches than side by side.
         gpu: where it runs; None on the CPU.
     """
@@ -43,9 +43,7 @@ class Backend(Protocol):
     name: Name
     precision: Precision
     what: str
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    dims: Dims
+    signature: Signature
     profiles: tuple[Dims, ...]
     pads: bool
     gpu: Gpu | None

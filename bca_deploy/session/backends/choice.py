@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bca_deploy.bundle.manifest import ModelEntry
+from bca_deploy.bundle.manifest import ModelEntry, signature_of
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.gpus import query
 from bca_deploy.errors import BcaError, EngineError, InputError, check_one_of
@@ -85,8 +85,8 @@ def _cpu(bundle: Bundle, options: Options) -> Backend:
 def _portable(bundle: Bundle, options: Options, order: tuple[Precision, ...]) -> ModelEntry:
     models = {model.precision: model for model in bundle.manifest.models if model.runtime == "portable"}
     for precision in (options.precision,) if options.precision else order:
-        if precision in models and (options.precision or _has_numpy_edges(models[precision])):
-            return _with_numpy_edges(models[precision])
+        if precision in models and (options.precision or _has_numpy_edges(bundle, models[precision])):
+            return _with_numpy_edges(bundle, models[precision])
     has = ", ".join(models)
     raise InputError(
         f"precision {options.precision or ' or '.join(order)} is not in the bundle, which has {has}; export it with "
@@ -94,8 +94,8 @@ def _portable(bundle: Bundle, options: Options, order: tuple[Precision, ...]) ->
     )
 
 
-def _with_numpy_edges(model: ModelEntry) -> ModelEntry:
-    if not _has_numpy_edges(model):
+def _with_numpy_edges(bundle: Bundle, model: ModelEntry) -> ModelEntry:
+    if not _has_numpy_edges(bundle, model):
         raise InputError(
             f"{model.file} takes bfloat16, which onnxruntime does not take from numpy; export it with --keep-io-types, or "
             "choose another precision"
@@ -103,8 +103,9 @@ def _with_numpy_edges(model: ModelEntry) -> ModelEntry:
     return model
 
 
-def _has_numpy_edges(model: ModelEntry) -> bool:
-    return all(tensor.dtype != "bfloat16" for tensor in (*model.inputs, *model.outputs))
+def _has_numpy_edges(bundle: Bundle, model: ModelEntry) -> bool:
+    signature = signature_of(bundle.manifest, model)
+    return all(tensor.dtype != "bfloat16" for tensor in (*signature.inputs, *signature.outputs))
 
 
 _OPENERS: dict[str, Callable[[Bundle, Options], Backend]] = {

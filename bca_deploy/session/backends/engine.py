@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from bca_deploy.bundle.manifest import EngineEntry
+from bca_deploy.bundle.manifest import EngineEntry, signature_of_engine
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines import libraries, usable
 from bca_deploy.engines.gpus import query
-from bca_deploy.engines.profiles import hull, shapes
+from bca_deploy.engines.profiles import shapes
 from bca_deploy.errors import EngineError
 from bca_deploy.forks import ForkLock
 from bca_deploy.session.backends.backend import Arrays, Name, Options
 from bca_deploy.session.backends.cuda import Gpu, failing_as, open_gpu
 from bca_deploy.session.backends.engine_lane import Lane
 from bca_deploy.session.backends.loaded_engine import EngineOptions, LoadedEngine, load_engine
+from bca_deploy.signature import Signature
 from bca_deploy.spec import EngineLibrary
 
 if TYPE_CHECKING:
@@ -84,11 +85,10 @@ class EngineBackend:
 
     pads = True
 
-    def __init__(self, entry: EngineEntry, pool: LanePool) -> None:
+    def __init__(self, entry: EngineEntry, signature: Signature, pool: LanePool) -> None:
         self.name: Name = entry.library
         self.precision = entry.precision
-        self.inputs, self.outputs = entry.inputs, entry.outputs
-        self.profiles, self.dims = entry.profiles, hull(entry.profiles)
+        self.signature, self.profiles = signature, entry.profiles
         self.what = f"{entry.file} on {entry.library} {entry.version}"
         self.gpu: Gpu | None = pool.gpu
         self._pool: LanePool | None = pool
@@ -97,7 +97,7 @@ class EngineBackend:
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """Return the outputs by name, in the manifest's order, which need not be the engine's."""
         found = self._open().run(inputs)
-        return {tensor.name: found[tensor.name] for tensor in self.outputs}
+        return {tensor.name: found[tensor.name] for tensor in self.signature.outputs}
 
     def run_into(self, inputs: Arrays, outputs: Arrays) -> None:
         """Write the outputs into the caller's arrays, on the CPU or on the GPU."""
@@ -140,13 +140,14 @@ def open_engine(library: EngineLibrary, bundle: Bundle, options: Options) -> Eng
     digest = bundle.manifest.files[entry.file].sha256[:16]  # bundles may share a cache directory
     cache = options.cache / f"{path.stem}-{digest}.runtime-cache" if options.cache else None
     loaded = load_engine(path, library, EngineOptions(options.host_code, cache, options.cuda_graphs > 0))
-    _check_profiles(entry, loaded, usable.rebuild_command(entry, bundle.source))
-    return EngineBackend(entry, LanePool(loaded, gpu, options.contexts, options.cuda_graphs))
+    signature = signature_of_engine(bundle.manifest, entry)
+    _check_engine(entry, signature, loaded, usable.rebuild_command(entry, bundle.source))
+    return EngineBackend(entry, signature, LanePool(loaded, gpu, options.contexts, options.cuda_graphs))
 
 
-def _check_profiles(entry: EngineEntry, engine: LoadedEngine, rebuild: str) -> None:
+def _check_engine(entry: EngineEntry, signature: Signature, engine: LoadedEngine, rebuild: str) -> None:
     """Refuse an engine that is not the one that the manifest describes: requests are checked against the manifest."""
-    wanted = [shapes(profile, entry.inputs) for profile in entry.profiles]
-    dtypes = {tensor.name: tensor.dtype for tensor in (*entry.inputs, *entry.outputs)}
+    wanted = [shapes(profile, signature.inputs) for profile in entry.profiles]
+    dtypes = {tensor.name: tensor.dtype for tensor in (*signature.inputs, *signature.outputs)}
     if wanted != engine.profiles or dtypes != {name: dtype.name for name, dtype in engine.dtypes.items()}:
         raise EngineError(f"{entry.file} is not the engine that the manifest describes; rebuild it: {rebuild}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bca_deploy.bundle.manifest import ModelEntry, TensorEntry
+from bca_deploy.bundle.manifest import ModelEntry, signature_of
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.profiles import shapes
 from bca_deploy.errors import BcaError, BundleError, EngineError, first_line
@@ -14,7 +14,7 @@ from bca_deploy.optional import onnxruntime
 from bca_deploy.session.backends.backend import Arrays, Name, Options
 from bca_deploy.session.backends.cuda import DeviceArray, Gpu, open_gpu
 from bca_deploy.session.backends.denormals import Flushed
-from bca_deploy.spec import Dims
+from bca_deploy.signature import Dims, Signature
 from bca_deploy.threads import on_own_thread
 
 Array = NDArray[Any]
@@ -33,12 +33,11 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, model: ModelEntry, options: Options, name: Name) -> None:
         self.name: Name = name
         self.precision = model.precision
-        self.inputs, self.outputs = model.inputs, model.outputs
-        self.dims, self.profiles = bundle.manifest.dims, tuple[Dims, ...]()
+        self.signature, self.profiles = signature_of(bundle.manifest, model), tuple[Dims, ...]()
         self.pads = name != "onnxruntime-cpu"
         self.gpu: Gpu | None = open_gpu() if self.pads else None
         self._path, self._cache, self._spinning = bundle.path(model.file), options.cache, options.spinning
-        self._names = [tensor.name for tensor in model.outputs]
+        self._names = [tensor.name for tensor in self.signature.outputs]
         self._session = self._open(options.threads)
         self._alone: Any = None
         self._lock = ForkLock()
@@ -59,7 +58,7 @@ class OrtBackend:
         """Return the provider's options. TensorRT is told the ranges, or it would compile again for every new length."""
         if self.name != "onnxruntime-tensorrt":
             return {}
-        low, opt, high = (_as_text(self.inputs, self.dims, which) for which in range(3))
+        low, opt, high = (_as_text(self.signature, which) for which in range(3))
         settings = {"trt_profile_min_shapes": low, "trt_profile_opt_shapes": opt, "trt_profile_max_shapes": high}
         if self._cache is not None:
             settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(self._cache)}
@@ -130,9 +129,10 @@ def _failure(error: Exception, inputs: Arrays) -> BcaError:
     return EngineError(f"onnxruntime failed on {shapes}: {first_line(error)}")
 
 
-def _as_text(inputs: tuple[TensorEntry, ...], dims: Dims, which: int) -> str:
+def _as_text(signature: Signature, which: int) -> str:
     """Return one shape of every input as the provider reads them: ``x:1x1x512,context:1x1x386``."""
-    return ",".join(f"{name}:{'x'.join(map(str, found[which]))}" for name, found in shapes(dims, inputs).items())
+    found = shapes(signature.dims, signature.inputs)
+    return ",".join(f"{name}:{'x'.join(map(str, sizes[which]))}" for name, sizes in found.items())
 
 
 def _session(ort: Any, path: Path, options: Any, provider: str, settings: dict[str, str]) -> Any:

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -49,6 +49,7 @@ struct TensorInfo {
   std::string name;
   DType dtype = DType::Float32;
   std::vector<Axis> axes;
+  std::optional<double> fill;            // of an input that may be left out: what it holds then; none: it must be given
 };
 
 /// The sizes that one named dimension may take.
@@ -56,8 +57,19 @@ struct DimRange {
   std::int64_t min = 1, opt = 1, max = 1;
 };
 
-struct Dims {
-  DimRange batch, x_len, context_len;
+/// The named dimensions and their ranges, in order.
+struct Dims : std::vector<std::pair<std::string, DimRange>> {
+  using vector::vector;
+  /// Throws std::out_of_range.
+  BCA_API const DimRange& at(const std::string& name) const;
+};
+
+/// What a model takes and gives.
+struct Signature {
+  std::vector<TensorInfo> inputs, outputs;
+  Dims dims;
+  std::string batch;                           // the dimension along which entries are apart; empty: there is none
+  std::map<std::string, std::string> masks;    // for each dimension that may be padded, the bool input that is false at padding
 };
 
 struct Explanation {
@@ -76,12 +88,12 @@ class BCA_API Session {
   /// whatever keeps every backend from working is one EngineError, with each one's reason.
   static Session open(const std::filesystem::path& bundle, const Options& options = {});
 
-  /// Runs the model and returns its outputs: out [B, N, dim], context_out [B, M, context_dim], and attn and context_attn
-  /// [B, heads, N, M] where the model gives them.
+  /// Runs the model and returns its outputs. For the layer: out [B, N, dim], context_out [B, M, context_dim], and attn and
+  /// context_attn [B, heads, N, M] where the model gives them.
   ///
-  /// inputs: x [B, N, dim], context [B, M, context_dim], and where the model has them mask [B, N] and context_mask [B, M]
-  /// (bool, bytes of 0 and 1, true where a position is real; all true where left out) and rel_pos_bias. On the CPU nothing is
-  /// copied. What padding holds shows in no live row: docs/padding.md.
+  /// inputs: those of inputs(). For the layer: x [B, N, dim], context [B, M, context_dim], and where the model has them mask
+  /// [B, N] and context_mask [B, M] (bool, bytes of 0 and 1, true where a position is real; all true where left out) and
+  /// rel_pos_bias. On the CPU nothing is copied. What padding holds shows in no live row: docs/padding.md.
   /// Throws InputError before anything is run, EngineError where the run fails.
   Outputs run(const Inputs& inputs, const RunOptions& options = {}) const;
 
@@ -94,15 +106,17 @@ class BCA_API Session {
   /// After an EngineError the outputs hold nothing that may be used.
   void run_into(const Inputs& inputs, const OutputViews& outputs, const RunOptions& options = {}) const;
 
-  /// Zeros for every input at these sizes. Throws InputError where the model does not take them, before memory is asked for.
-  std::vector<std::pair<std::string, Tensor>> zeros(std::int64_t batch, std::int64_t x_len, std::int64_t context_len) const;
+  /// Zeros for every input at these sizes, one for each of dims(), in order; for the layer {B, N, M}. Throws InputError where
+  /// the model does not take them, before memory is asked for.
+  std::vector<std::pair<std::string, Tensor>> zeros(const Shape& sizes) const;
 
-  /// Runs once for each (batch, x_len, context_len); none: at the bundle's optimal sizes. Throws what zeros and run throw.
-  void warmup(const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes = {}) const;
+  /// Runs once for each of these sizes; none: at the bundle's optimal ones. Throws what zeros and run throw.
+  void warmup(const std::vector<Shape>& sizes = {}) const;
 
   /// Runs the bundle's own inputs and holds the outputs to their bounds. Throws ParityError.
   void selftest() const;
 
+  const Signature& signature() const;
   const std::vector<TensorInfo>& inputs() const;
   const std::vector<TensorInfo>& outputs() const;
   const Dims& dims() const;

@@ -77,8 +77,8 @@ def test_auto_takes_the_engine_and_says_why_nothing_before_it(path: Path, gpu: M
     with bca_deploy.open(path) as opened:
         assert opened.explain().chosen.startswith("rtx: engines/rtx-fp16.engine on rtx 1.7.1")
         assert [name for name, _ in opened.explain().passed_over] == ["tensorrt"]
-        assert opened.dims.x_len.max == 128
-        assert opened.dims.batch.max == 8
+        assert opened.dims["x_len"].max == 128
+        assert opened.dims["batch"].max == 8
 
 
 def test_a_damaged_engine_falls_back_only_in_auto_and_says_so(path: Path, gpu: Machine, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_an_element_type_that_no_model_here_has_is_refused() -> None:
     engine: Any = SimpleNamespace(
         num_io_tensors=1, get_tensor_name=lambda index: "x", get_tensor_dtype=lambda name: SimpleNamespace(name="FP8")
     )
-    with pytest.raises(EngineError, match=r"^the engine's x is FP8; models here have FLOAT, HALF, BF16, BOOL$"):
+    with pytest.raises(EngineError, match=r"^the engine's x is FP8; models here have FLOAT, HALF, BF16, BOOL, INT32, INT64$"):
         LoadedEngine(libraries.load("rtx"), engine, Said(), EngineOptions())
 
 

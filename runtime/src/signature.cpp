@@ -1,0 +1,117 @@
+#include "signature.hpp"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+
+#include "text.hpp"
+
+namespace bca {
+namespace {
+
+void add_names(const std::vector<TensorInfo>& tensors, bool only_required, std::set<std::string>& names) {
+  for (const TensorInfo& tensor : tensors) {
+    if (only_required && tensor.fill) continue;
+    for (const Axis& axis : tensor.axes) {
+      if (const auto* name = std::get_if<std::string>(&axis)) names.insert(*name);
+    }
+  }
+}
+
+std::string name_used_twice(const Signature& signature) {
+  std::set<std::string> seen;
+  for (const auto* tensors : {&signature.inputs, &signature.outputs}) {
+    for (const TensorInfo& tensor : *tensors) {
+      if (!seen.insert(tensor.name).second) return tensor.name;
+    }
+  }
+  return "";
+}
+
+bool is_mask(const Signature& signature, const std::string& name, const std::string& dim) {
+  std::vector<Axis> axes;
+  if (!signature.batch.empty()) axes.emplace_back(signature.batch);
+  axes.emplace_back(dim);
+  const auto found = [&](const TensorInfo& input) { return input.name == name && input.dtype == DType::Bool && input.axes == axes; };
+  return dim != signature.batch && std::any_of(signature.inputs.begin(), signature.inputs.end(), found);
+}
+
+bool has(const Dims& dims, const std::string& name) {
+  return std::any_of(dims.begin(), dims.end(), [&](const auto& dim) { return dim.first == name; });
+}
+
+}  // namespace
+
+const DimRange& Dims::at(const std::string& name) const {
+  for (const auto& [known, range] : *this) {
+    if (known == name) return range;
+  }
+  throw std::out_of_range("there is no dimension " + name);
+}
+
+std::string fault_of(const Signature& signature) {
+  if (const std::string twice = name_used_twice(signature); !twice.empty()) return twice + " is the name of two tensors; give each its own";
+  std::set<std::string> known, used;
+  add_names(signature.inputs, true, known);
+  add_names(signature.inputs, false, used);
+  add_names(signature.outputs, false, used);
+  for (const auto& [name, range] : signature.dims) used.insert(name);
+  if (!signature.batch.empty()) used.insert(signature.batch);
+  for (const std::string& name : used) {
+    if (!known.count(name) || !has(signature.dims, name)) {
+      return "dimension " + name + " needs a range, and an input that has it and must be given";
+    }
+  }
+  for (const auto& [dim, name] : signature.masks) {
+    if (!is_mask(signature, name, dim)) return name + " cannot mask " + dim + "; a mask is a bool input over the batch and the dimension";
+  }
+  return "";
+}
+
+Signature of_floats(Signature signature, DType dtype) {
+  for (auto* tensors : {&signature.inputs, &signature.outputs}) {
+    for (TensorInfo& tensor : *tensors) {
+      if (tensor.dtype == DType::Float32) tensor.dtype = dtype;
+    }
+  }
+  return signature;
+}
+
+Dims hull(const std::vector<Dims>& profiles) {
+  Dims widest = profiles.front();
+  for (const Dims& profile : profiles) {
+    for (auto& [name, range] : widest) {
+      range.min = std::min(range.min, profile.at(name).min);
+      range.max = std::max(range.max, profile.at(name).max);
+    }
+  }
+  return widest;
+}
+
+bool holds(const DimRange& range, std::int64_t size) { return range.min <= size && size <= range.max; }
+
+bool holds(const Dims& profile, const Sizes& sizes) {
+  return std::all_of(sizes.begin(), sizes.end(), [&](const auto& size) { return holds(profile.at(size.first), size.second); });
+}
+
+Sizes named(const Dims& dims, const Shape& shape) {
+  if (shape.size() != dims.size()) {
+    std::vector<std::string> names;
+    for (const auto& dim : dims) names.push_back(dim.first);
+    throw InputError("shape " + text::joined(shape, "x") + ": give " + std::to_string(dims.size()) + " sizes, of " + text::join(names));
+  }
+  Sizes sizes;
+  for (std::size_t i = 0; i < shape.size(); ++i) sizes[dims[i].first] = shape[i];
+  return sizes;
+}
+
+Shape shape_at(const std::vector<Axis>& axes, const Sizes& sizes) {
+  Shape shape;
+  for (const Axis& axis : axes) {
+    const auto* name = std::get_if<std::string>(&axis);
+    shape.push_back(name ? sizes.at(*name) : std::get<std::int64_t>(axis));
+  }
+  return shape;
+}
+
+}  // namespace bca
