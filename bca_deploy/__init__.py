@@ -10,7 +10,7 @@ _PUBLIC = {
     "Session": "bca_deploy.session.session:Session",
     "build": "bca_deploy.exporter.build:build",
     "export": "bca_deploy.exporter.pipeline:export",
-    "open": "bca_deploy.session.session:open_session",
+    "open": "bca_deploy.session.opening:open_session",
     "prometheus_collector": "bca_deploy.session.metrics:prometheus_collector",
     "refit": "bca_deploy.exporter.refit:refit",
     "verify": "bca_deploy.exporter.verify:verify",

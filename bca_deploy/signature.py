@@ -199,7 +199,7 @@ class Signature:
 
     def rows(self, sizes: Mapping[str, int]) -> int:
         """Return how many positions of all lengths a call of these sizes has."""
-        return self.entries(sizes) * sum(sizes[name] for name in self.lengths)
+        return self.entries(sizes) * sum([sizes[name] for name in self.lengths])
 
     @cached_property
     def not_stackable(self) -> Tensor | None:

@@ -1,16 +1,20 @@
 """The plan of the house, .importlinter: an arrow that goes up, or through the wall, is refused with the way it takes."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import bca_deploy
 
-PLAN = Path(__file__).parents[1] / ".importlinter"
+ROOT = Path(__file__).parents[1]
+PLAN = ROOT / ".importlinter"
 
 
 def lint(copy: Path) -> subprocess.CompletedProcess[str]:
@@ -83,3 +87,65 @@ def test_no_wing_has_more_than_ten_rooms() -> None:
         wing: [room for room in wing.glob("*.py") if not room.name.startswith("__")] for wing in [package, *package.rglob("*/")]
     }
     assert {wing.name: len(found) for wing, found in rooms.items() if len(found) > 10} == {}
+
+
+# ---- one signature: what opens, runs and serves a bundle knows the layer's tensors and dimensions from the manifest alone
+
+NAMES = {"x", "x_len", "context_len", "context_mask", "mask", "context"}
+#: Where one of these words is another thing.
+OTHERS = {
+    "bca_deploy/serving/endpoints.py": {"context"},  # gRPC's, of a call
+    "bca_deploy/serving/guards.py": {"context"},
+    "bca_deploy/session/backends/engine_lane.py": {"context"},  # TensorRT's, of an execution
+    "bca_deploy/session/backends/loaded_engine.py": {"context"},
+    "bca_deploy/session/session.py": {"context"},  # the variables of a task
+    "bca_deploy/session/backends/ort.py": {"x"},  # between the sizes of a shape
+    "runtime/src/signature.cpp": {"x"},
+    "runtime/tools/bca_run.cpp": {"x"},
+    "runtime/src/engine_runner.cpp": {"context"},  # TensorRT's
+    "runtime/src/tensorrt_engine.cpp": {"context"},
+    "runtime/examples/grpc_server.cpp": {"context"},  # gRPC's
+}
+WINGS = ("bundle", "engines", "session", "serving", "packaging")
+#: In C++: what is said to a reader, a string that is one word, and an identifier.
+CPP = re.compile(r"""//[^\n]*|/\*.*?\*/|"((?:[^"\\]|\\.)*)"|(\w+)""", re.DOTALL)
+
+
+def names_in_python(text: str) -> set[str]:
+    tree = ast.parse(text)
+    found = (getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "arg", "name", "value"))
+    return {name for name in found if isinstance(name, str)}
+
+
+def names_in_cpp(text: str) -> set[str]:
+    return {found[1] or found[2] for found in CPP.finditer(text) if found[1] or found[2]}
+
+
+def rooms() -> list[str]:
+    python = [path for wing in WINGS for path in (ROOT / "bca_deploy" / wing).rglob("*.py")]
+    runtime = [path for path in (ROOT / "runtime").rglob("*.[ch]*") if path.suffix in (".cpp", ".hpp", ".h")]
+    kept = [*python, *(path for path in runtime if "tests" not in path.parts)]
+    return sorted(path.relative_to(ROOT).as_posix() for path in kept)
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_no_room_behind_the_manifest_names_a_tensor_or_dimension_of_the_layer(room: str) -> None:
+    text = (ROOT / room).read_text(encoding="utf-8")
+    found = (names_in_python if room.endswith(".py") else names_in_cpp)(text) & NAMES
+    assert found == OTHERS.get(room, set())
+
+
+@pytest.mark.parametrize(
+    ("names", "planted"),
+    [
+        (names_in_python, 'sizes["x_len"]'),
+        (names_in_python, "dims.x_len"),
+        (names_in_python, "def f(x_len): ..."),
+        (names_in_python, "f(x_len=1)"),
+        (names_in_cpp, 'sizes.at("x_len")'),
+        (names_in_cpp, "dims.x_len.max"),
+    ],
+)
+def test_a_planted_name_is_seen(names: Callable[[str], set[str]], planted: str) -> None:
+    assert "x_len" in names(planted)
+    assert "x_len" not in names('"""Of x_len."""' if names is names_in_python else "// of x_len\n")

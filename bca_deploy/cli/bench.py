@@ -157,7 +157,7 @@ def _check_shape(shape: Shape, manifest: Manifest) -> None:
 
 
 def _backend_of(path: Path, backend: str) -> str:
-    from bca_deploy.session.session import open_session
+    from bca_deploy.session.opening import open_session
 
     with open_session(path, backend, verify="off") as session:
         return session.explain().chosen

@@ -117,14 +117,20 @@ def need(module: str) -> Any:
         raise missing(error.name or "a package", "export") from error
 
 
-def read_settings(texts: list[str], table: str) -> dict[str, Any]:
-    """Read ``TABLE.KEY=VALUE``, the value as in a recipe, where a word needs no quotes; errors as for every flag."""
-    found = {}
+def with_settings(given: dict[str, Any], texts: list[str], table: str) -> dict[str, Any]:
+    """Return a table's keys with those of ``TABLE.KEY=VALUE``, the value as in a recipe, where a word needs no quotes.
+
+    Raises:
+        InputError: it is written otherwise, or the key was given twice, by a flag of its own or by another ``--set``.
+    """
+    found = {key: value for key, value in given.items() if value is not None}
     for text in texts:
         name, equals, value = text.partition("=")
         where, _, key = name.rpartition(".")
         if not (equals and key) or where != table:
             raise InputError(f"--set {text!r}: give {table}.KEY=VALUE, such as {table}.tf32=true")
+        if key in found:
+            raise InputError(f"--set {text!r}: {table}.{key} is {found[key]!r} by a flag or another --set; give it once")
         try:
             found[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

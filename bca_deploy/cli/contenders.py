@@ -75,7 +75,7 @@ def contender(name: Name, bundle: Bundle, directory: Path, threads: int, backend
 
 
 def _session(bundle: Bundle, threads: int, backend: str, feeds: Feeds) -> Callable[[], object]:
-    from bca_deploy.session.session import open_session
+    from bca_deploy.session.opening import open_session
 
     session = open_session(bundle.source, backend, threads=threads, verify="off")
     return lambda: session(**feeds, cast=True)

@@ -29,8 +29,8 @@ def run_command(  # noqa: PLR0913  (one parameter per option)
     """
     with guarded(verbose):
         from bca_deploy.cli import console
+        from bca_deploy.session.opening import open_session
         from bca_deploy.session.run_files import read_inputs, run
-        from bca_deploy.session.session import open_session
 
         if selftest == bool(inputs):
             raise InputError("give either --selftest, or --input for every input of the model")

@@ -17,8 +17,8 @@ from bca_deploy.cli.common import (
     guarded,
     need,
     read_profile,
-    read_settings,
     show_engines,
+    with_settings,
 )
 
 
@@ -51,7 +51,7 @@ def build_command(  # noqa: PLR0913  (one parameter per option)
         from bca_deploy.exporter.recipe import read_recipe
 
         options = {"library": engine, "targets": tuple(target) if target else None, "precision": precision}
-        options |= read_settings(settings or [], "engine")
+        options = with_settings(options, settings or [], "engine")
         asked = read_recipe(recipe, {"engine": options, "profile": tuple(map(read_profile, profile)) if profile else None})
         building = need("exporter.build")
         with console.progress() as progress:

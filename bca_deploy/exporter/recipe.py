@@ -164,7 +164,7 @@ def _explain(error: Any) -> str:
 
 def _known(place: tuple[Any, ...]) -> list[str]:
     """Return the keys that the table at ``place`` has."""
-    if place[:1] == ("dims",) or (place[:1] == ("profile",) and len(place) == 3):
+    if (place[:1] == ("dims",) and len(place) == 2) or (place[:1] == ("profile",) and len(place) == 3):
         return [f.name for f in fields(DimRange)]
     tables: dict[Any, type[BaseModel]] = {
         "layer": LayerTable,

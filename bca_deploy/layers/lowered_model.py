@@ -23,9 +23,9 @@ from bca_deploy.layers.lowered_attention import (
     Norm,
     ReferenceAttention,
 )
-from bca_deploy.spec import Interface, LayerSpec, Lowering, Precision, Runtime
+from bca_deploy.spec import DTYPE_OF, Interface, LayerSpec, Lowering, Precision, Runtime
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {precision: getattr(torch, name) for precision, name in DTYPE_OF.items()}
 
 
 def choose(requested: Lowering | str, spec: LayerSpec, interface: Interface) -> Lowering:

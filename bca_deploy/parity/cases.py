@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.signature import Dims
-from bca_deploy.spec import MASK_NAMES, Interface, LayerSpec, Precision, layer_signature
+from bca_deploy.spec import DTYPE_OF, MASK_NAMES, Interface, LayerSpec, Precision, layer_signature
 
 Array = NDArray[Any]
 Scope = Literal["quick", "full"]
@@ -21,7 +21,7 @@ Family = Literal[
     "no mask", "padded", "scattered", "x only", "context only", "dead rows", "opposed", "loud", "quiet", "bias extremes"
 ]
 
-NUMPY_DTYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+NUMPY_DTYPES: dict[Precision, np.dtype[Any]] = {precision: np.dtype(name) for precision, name in DTYPE_OF.items()}
 
 #: Each scope runs at least this many cases.
 LEAST_CASES: dict[Scope, int] = {"quick": 40, "full": 200}

@@ -18,7 +18,7 @@ from bca_deploy.errors import BcaError, InputError, ServerError
 from bca_deploy.forks import Home
 from bca_deploy.serving.protocol import DATATYPE, NUMPY
 from bca_deploy.session import arrays
-from bca_deploy.session.contract import Pair, bind, converted, numpy_dtype
+from bca_deploy.session.contract import Pair, bind, converted, named_axes, numpy_dtype
 from bca_deploy.signature import DType, Tensor
 
 _LARGEST = 2**31 - 1
@@ -84,8 +84,8 @@ class RemoteSession:
         """Run the model on the server; arguments and results as for the session.
 
         Raises:
-            InputError: what is wrong with which input, in the session's words: names, dtypes and masks are looked at before
-                anything is sent, sizes by the server, which alone knows its limits.
+            InputError: what is wrong with which input, in the session's words: names, ranks, fixed sizes, dtypes and masks are
+                looked at before anything is sent, the sizes that vary by the server, which alone knows their limits.
             ServerError: the server cannot be reached, is busy, took too long or failed.
             BcaError: the session is closed, or was made before a fork.
         """
@@ -162,9 +162,8 @@ class RemoteSession:
             raise InputError(f"pair {index}: {error}") from None
 
     def _run(self, given: Mapping[str, Any], cast: bool) -> dict[str, Any]:
-        taken = {name: arrays.as_array(name, value) for name, value in given.items()}
-        dtypes = {tensor.name: numpy_dtype(tensor.dtype) for tensor in self.inputs}
-        sent = [self._input(name, converted(name, dtypes[name], array, cast)) for name, array in taken.items()]
+        known = {tensor.name: tensor for tensor in self.inputs}
+        sent = [self._input(known[name], arrays.as_array(name, value), cast) for name, value in given.items()]
         result = self._asked(
             lambda: self._client.infer(self._name, sent, headers=self._headers, client_timeout=self._deadline_s)
         )
@@ -172,9 +171,11 @@ class RemoteSession:
         # Copied: the arrays are views of the message, and read-only.
         return {tensor.name: back(np.array(result.as_numpy(tensor.name))) for tensor in self.outputs}
 
-    def _input(self, name: str, array: Any) -> Any:
-        made = self._library.InferInput(name, array.shape, DATATYPE[array.dtype.name])
-        return made.set_data_from_numpy(array)
+    def _input(self, tensor: Tensor, array: Any, cast: bool) -> Any:
+        tuple(named_axes(tensor, array.shape))  # refuses what the metadata tells against
+        ready = converted(tensor.name, numpy_dtype(tensor.dtype), array, cast)
+        made = self._library.InferInput(tensor.name, ready.shape, DATATYPE[ready.dtype.name])
+        return made.set_data_from_numpy(ready)
 
     def _asked(self, ask: Any) -> Any:
         from tritonclient.utils import InferenceServerException

@@ -19,7 +19,8 @@ from bca_deploy.optional import missing
 from bca_deploy.serving.queue import Batcher, Limits, queue_collector
 from bca_deploy.session.contract import numpy_dtype
 from bca_deploy.session.metrics import prometheus_collector
-from bca_deploy.session.session import Session, open_session
+from bca_deploy.session.opening import open_session
+from bca_deploy.session.session import Session
 from bca_deploy.spec import Precision
 
 #: Seconds for a client to read the last answer.

@@ -1,6 +1,6 @@
 """What a model takes, checked before the call: names, dtypes, ranks, sizes. The one place where a request is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -69,7 +69,7 @@ class Contract:
         found = []
         for name, dtype in self._dtypes.items():
             array = given.get(name)
-            if array is None or array.dtype != dtype:
+            if array is None or (array.dtype is not dtype and array.dtype != dtype):  # nearly always it is the one object
                 return None
             found.append(array.shape)
         return tuple(found)
@@ -110,15 +110,7 @@ class Contract:
         )
 
     def _check_shape(self, tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
-        if len(shape) != len(tensor.axes):
-            raise InputError(
-                f"input {tensor.name} has {len(shape)} axes {list(shape)}, and needs {len(tensor.axes)}: {_shown(tensor.axes)}"
-            )
-        for index, (axis, size) in enumerate(zip(tensor.axes, shape, strict=True)):
-            if isinstance(axis, int):
-                if size != axis:
-                    raise InputError(f"input {tensor.name}: axis {index} is {size}, and must be {axis}: {_shown(tensor.axes)}")
-                continue
+        for index, axis, size in named_axes(tensor, shape):
             known = sizes.get(axis)
             if known is None:
                 self._check_range(tensor, index, axis, size)
@@ -212,6 +204,23 @@ def _check_bytes(name: str, array: AnyArray) -> None:
         raise InputError(
             f"input {name}: a bool is one byte of 0 or 1, and here is one of {others[0]}; write 1 where it is true"
         )
+
+
+def named_axes(tensor: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, str, int]]:
+    """Yield the place, the name and the size of each axis that varies; those before it were found to be right.
+
+    Raises:
+        InputError: another number of axes, or another size than a fixed one.
+    """
+    if len(shape) != len(tensor.axes):
+        raise InputError(
+            f"input {tensor.name} has {len(shape)} axes {list(shape)}, and needs {len(tensor.axes)}: {_shown(tensor.axes)}"
+        )
+    for index, (axis, size) in enumerate(zip(tensor.axes, shape, strict=True)):
+        if isinstance(axis, str):
+            yield index, axis, size
+        elif size != axis:
+            raise InputError(f"input {tensor.name}: axis {index} is {size}, and must be {axis}: {_shown(tensor.axes)}")
 
 
 def _shown(axes: tuple[Axis, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Open a bundle and run it, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
+"""A bundle that runs, in one process, for months: checked inputs, any number of threads, nothing shared between calls."""
 
 import asyncio
 import contextvars
@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -16,75 +15,23 @@ from numpy.typing import NDArray
 
 from bca_deploy.bundle import selftest
 from bca_deploy.bundle.manifest import SELFTEST_FILE, Manifest
-from bca_deploy.bundle.read import Bundle, Check
+from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
 from bca_deploy.files import read_arrays
 from bca_deploy.forks import ForkLock, Home
 from bca_deploy.session import arrays, many
-from bca_deploy.session.backends.backend import Backend, Explanation, Options
-from bca_deploy.session.backends.choice import choose
+from bca_deploy.session.backends.backend import Backend, Explanation
 from bca_deploy.session.backends.cuda import DeviceArray
 from bca_deploy.session.contract import Contract, Pair, numpy_dtype
 from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.signature import Dims, Signature, Tensor
-from bca_deploy.spec import Precision
 
 Array = NDArray[Any]
 AnyArray = Array | DeviceArray
 Policy = Literal["auto", "alone", "pad"]
 
 _log = logging.getLogger("bca_deploy.session.session")
-
-
-def open_session(  # noqa: PLR0913  (one parameter per option)
-    path: str | Path,
-    backend: str = "auto",
-    *,
-    precision: Precision | None = None,
-    threads: int | None = None,
-    spinning: bool = True,
-    contexts: int = 2,
-    cuda_graphs: int = 0,
-    cache: str | Path | None = None,
-    host_code: bool = False,
-    verify: Check = "full",
-    on_call: Observer | None = None,
-) -> "Session":
-    """Open a bundle to run it. Needs neither torch nor onnx.
-
-    Args:
-        path: the bundle's directory or archive.
-        backend: ``auto`` takes the fastest that works here; a name takes that one or fails.
-        precision: of the model; None takes the first engine that runs here, or the model that the backend runs fastest.
-        threads: for onnxruntime on CPU; None takes every core.
-        spinning: onnxruntime on CPU: idle threads wait for the next call by spinning, which makes calls one after another
-            faster, and takes the cores from whatever else runs on them; a server does without.
-        contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
-        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
-        cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
-        host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
-        verify: how much of the bundle is checked first: every hash, only sizes, or nothing.
-        on_call: called after each call with what it was, on its thread; see :class:`bca_deploy.session.metrics.Call`.
-
-    Returns:
-        The session; a context manager.
-
-    Raises:
-        BundleError: damaged, unsafe or of a newer format.
-        InputError: the backend is not known, the precision not in the bundle, or a number out of range.
-        EngineError: the backend asked for does not work here.
-        MissingDependencyError: onnxruntime is not installed.
-    """
-    options = Options(precision, threads, spinning, contexts, cuda_graphs, Path(cache) if cache else None, host_code)
-    bundle = Bundle.open(path, verify)
-    try:
-        chosen, explanation = choose(bundle, backend, options)
-    except BaseException:
-        bundle.close()
-        raise
-    _log.info("%s: %s", path, explanation, extra={"bundle": str(path), "backend": chosen.name, "precision": chosen.precision})
-    return Session(bundle, chosen, explanation, threads, on_call)
 
 
 class Session:

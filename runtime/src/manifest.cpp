@@ -119,7 +119,7 @@ TensorInfo read_tensor(const Field& field) {
 Signature read_signature(const Field& field) {
   Signature signature{field["inputs"].list(read_tensor, 1), field["outputs"].list(read_tensor, 1), read_dims(field["dims"]), "", {}};
   if (!field["batch"].is_null()) signature.batch = field["batch"].string();
-  field["masks"].each([&](const std::string& dim, const Field& mask) { signature.masks[dim] = mask.string(); });
+  field["masks"].each([&](const std::string& dim, const Field& name) { signature.masks[dim] = name.string(); });
   if (const std::string fault = fault_of(signature); !fault.empty()) field.fail(fault);
   return signature;
 }

@@ -445,7 +445,7 @@ from bca_deploy.bundle import selftest
 with Bundle.open(sys.argv[1]) as bundle, numpy.load(bundle.path("selftest.npz")) as arrays:
     for model in bundle.manifest.models:
         session = onnxruntime.InferenceSession(bundle.path(model.file), providers=["CPUExecutionProvider"])
-        names = [output.name for output in model.outputs]
+        names = [output.name for output in bundle.manifest.signature.outputs]
         run = lambda inputs: dict(zip(names, session.run(names, inputs)))
         off = lambda inputs: {name: array * 1.02 for name, array in run(inputs).items()}
         wrong = selftest.failures(arrays, model.precision, off)

@@ -32,7 +32,7 @@ def first_two(found: Any) -> list[np.ndarray]:
 )
 def test_every_contender_computes_the_layer_dead_rows_too(exported: Bundle, tmp_path: Path, name: Name) -> None:
     write_literal(exported, tmp_path)
-    feeds = inputs(exported.manifest, SHAPE)
+    feeds = inputs(exported.manifest.signature, SHAPE)
     assert not feeds["mask"].all()  # there are dead rows
     run = contender(name, exported, tmp_path, 1, "auto", feeds)
     with bca_deploy.open(exported.directory, threads=1) as session:
@@ -105,7 +105,7 @@ def test_the_table_sets_everything_beside_the_session(exported: Bundle) -> None:
     ("arguments", "message"),
     [
         (("--threads", "0"), "threads is 0; it must be at least 1, or None for every core"),
-        (("--shape", "1x2"), "shape '1x2': give BATCHxX_LENxCONTEXT_LEN, such as 1x512x512"),
+        (("--shape", "1x2"), "shape 1x2: give 3 sizes, of batch, x_len, context_len"),
         (("--shape", "1x2x9999"), "shape 1x2x9999: context_len is 9999, allowed 1 to 2048"),
         (("--contender", "eagre"), "contender 'eagre' is not known (did you mean 'eager'?); allowed: eager, sdpa"),
         (("--backend", "rtx", "--shape", "1x2x3", "--contender", "portable"), "has no rtx engine; build one: bca build"),
@@ -130,7 +130,7 @@ def test_a_contender_that_cannot_run_is_refused_by_name_and_left_out_otherwise(
 
 def test_padded_rows_keep_three_quarters(exported: Bundle) -> None:
     for length in (1, 2, 7, 100):
-        kept = inputs(exported.manifest, (8, length, length))["mask"].sum(1)
+        kept = inputs(exported.manifest.signature, (8, length, length))["mask"].sum(1)
         assert kept.min() >= 0.75 * length
         assert kept.max() <= length
 

@@ -83,7 +83,7 @@ def request_(exported: Bundle, tmp_path: Path) -> Request:
     """The fp16 model of the small bundle, compiled for one GPU generation."""
     wanted = engines.plan(EngineTable(library="rtx", targets=("sm89",)), (), exported.manifest.signature.dims, ("fp16",))
     model = engines.model_of(exported.manifest, "fp16")
-    request = engines._request(exported.directory, model, wanted, "")
+    request = engines._request(exported.directory, exported.manifest, model, wanted, "")
     return replace(request, out=str(tmp_path / "an engine"))
 
 

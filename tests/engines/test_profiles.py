@@ -83,7 +83,6 @@ def test_a_range_outside_the_dims_is_refused_with_both_and_both_ways_out(name: s
     assert DimRange(**(read_range(message.rpartition(" ")[2]) or {})) == asked  # the flag is one that the command line reads
 
 
-@pytest.mark.parametrize("again", [{}, dict(DIMS)])
 def test_a_dimension_that_there_is_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         InputError, match=r"profile 1: 'x_length' is no dimension \(did you mean 'x_len'\?\); there are batch, x"
@@ -91,6 +90,7 @@ def test_a_dimension_that_there_is_not_is_refused_with_the_nearest() -> None:
         resolve(({"x_length": DimRange(1, 1, 1)},), DIMS)
 
 
+@pytest.mark.parametrize("again", [{}, dict(DIMS)])
 def test_the_same_profile_twice_is_refused_however_it_is_written(again: Table) -> None:
     with pytest.raises(InputError, match="two optimization profiles are the same; leave one of them out"):
         resolve(({}, {"batch": DimRange(1, 1, 1)}, again), DIMS)

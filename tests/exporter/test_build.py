@@ -36,6 +36,7 @@ from bca_deploy.exporter import models, plan
 from bca_deploy.exporter import verify as verification
 from bca_deploy.exporter.build import build
 from bca_deploy.exporter.recipe import read_recipe
+from bca_deploy.signature import DimRange, Dims
 from bca_deploy.spec import LAYER_DIMS
 
 BIN = Path(sys.executable).parent
@@ -211,12 +212,11 @@ def test_a_user_s_own_file_in_the_bundle_stays(copy: Path) -> None:
 def test_several_profiles_go_into_one_engine(copy: Path) -> None:
     flags = ["--profile", "batch=1,x_len=1:128:512", "--profile", "batch=8,context_len=1:64:64"]
     ok(bca("build", copy, "--engine", "rtx", "--target", "sm89", *flags))
-    entry, dims = engine_of(copy), vars(LAYER_DIMS)
-    assert [vars(profile) for profile in entry.profiles] == [
-        dims | {"batch": entry.profiles[0].batch, "x_len": entry.profiles[0].x_len},
-        dims | {"batch": entry.profiles[1].batch, "context_len": entry.profiles[1].context_len},
-    ]
-    assert [(p["batch"].min, p["batch"].max) for p in entry.profiles] == [(1, 1), (8, 8)]
+    entry, one, eight = engine_of(copy), DimRange(1, 1, 1), DimRange(8, 8, 8)
+    assert entry.profiles == (
+        Dims(LAYER_DIMS, batch=one, x_len=DimRange(1, 128, 512)),
+        Dims(LAYER_DIMS, batch=eight, context_len=DimRange(1, 64, 64)),
+    )
     assert not entry.static
     with Bundle.open(copy) as bundle:
         assert [path.name for path in bundle.path(entry.file).parent.iterdir()] == ["rtx-fp16.engine"]
@@ -416,6 +416,8 @@ def test_the_reference_lowering_compiles_too(tmp_path: Path, changes: dict[str, 
         (["--set", "engine.time_limit_s=0"], r"engine\.time_limit_s: .*greater than 0 \(got 0\)"),
         (["--set", "engine.tf23=true"], r"unknown key engine\.tf23 \(did you mean 'tf32'\?\)"),
         (["--set", "tf32=true"], r"--set 'tf32=true': give engine\.KEY=VALUE, such as engine\.tf32=true"),
+        (["--precision", "fp16", "--set", "engine.precision=fp32"], r"engine\.precision is 'fp16' by a flag or another --set"),
+        (["--set", "engine.tf32=true", "--set", "engine.tf32=false"], r"engine\.tf32 is True by a flag or another --set; give"),
         (["--set", "engine.tf32"], r"--set 'engine\.tf32': give engine\.KEY=VALUE"),
         (["--profile", "bach=1"], r"'bach' is no dimension \(did you mean 'batch'\?\)"),
     ],

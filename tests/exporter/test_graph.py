@@ -33,12 +33,12 @@ def session_of(path: Path) -> ort.InferenceSession:
 
 def feeds(spec: LayerSpec, interface: Interface, batch: int, x_len: int, context_len: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([batch, x_len, context_len])
-    sizes = {"batch": batch, "x_len": x_len, "context_len": context_len}
-    made = {}
-    for name, axes in interface.inputs(spec).items():
-        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
-        made[name] = rng.random(shape) < 0.7 if name.endswith("mask") else rng.standard_normal(shape).astype(np.float32)
-    return made
+    signature = layer_signature(spec, interface)
+    shapes = {tensor: tensor.shape(signature.dims.named((batch, x_len, context_len))) for tensor in signature.inputs}
+    return {
+        tensor.name: rng.standard_normal(shape).astype(np.float32) if tensor.is_float else rng.random(shape) < 0.7
+        for tensor, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from bca_deploy.exporter import pipeline
 from bca_deploy.exporter.plan import load_checkpoint, make_plan
 from bca_deploy.exporter.recipe import read_recipe
 from bca_deploy.progress import Silent
+from bca_deploy.spec import layer_signature
 
 RECIPES = sorted((Path(__file__).parents[2] / "export" / "recipes").glob("*.toml"))
 
@@ -22,7 +23,7 @@ def test_the_recipe_exports_and_passes_parity(path: Path, tmp_path: Path) -> Non
     assert [verdict.model for verdict in verdicts if "." not in verdict.model] == list(recipe.precision)
     with Bundle.open(tmp_path / "m") as bundle:
         assert all(model.parity.passed and model.parity.cases >= 40 for model in bundle.manifest.models)
-        assert {t.name for t in bundle.manifest.models[0].inputs} == set(recipe.interface.inputs(checkpoint.spec))
+        assert bundle.manifest.signature == layer_signature(checkpoint.spec, recipe.interface, recipe.ranges)
 
 
 def test_there_are_at_least_five_recipes_and_each_says_what_it_is_for() -> None:

@@ -66,17 +66,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How to run.
-
-    Attributes:
-        precision: of the model; None takes the best that the backend has.
-        threads: for onnxruntime on CPU; None takes every core.
-        spinning: onnxruntime on CPU: idle threads wait for the next call by spinning, which makes calls one after another
-            faster, and takes the cores from whatever else runs on them.
-        contexts: engines: how many calls may be on the GPU at once, each with memory of its own; more calls wait.
-        cuda_graphs: engines: for how many shapes each context keeps a CUDA graph, for arrays on the CPU; 0 keeps none.
-        cache: directory for what a backend compiles on this machine, so that the next process need not; None forgets it.
-        host_code: engines: let a version-compatible one bring code that runs on the CPU; for engines that you trust only.
+    """How to run: what :func:`bca_deploy.open` was given, and says of each.
 
     Raises:
         InputError: an unknown precision, fewer than one thread or context, or less than no graphs.
