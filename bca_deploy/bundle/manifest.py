@@ -1,8 +1,8 @@
 """The bundle's manifest, format 1: what is in the bundle, field by field. docs/bundle-format.md tells it, beside its schema."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from bca_deploy.bundle.engine_options import BuildOptions
 from bca_deploy.signature import Dims, Signature, hull
@@ -101,6 +101,16 @@ class Manifest(_Model):
     engines: tuple[EngineEntry, ...] = Field(description="compiled engines")
     versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
     files: dict[str, FileEntry] = Field(description="every file but manifest.json and build.json, by path")
+
+    @model_validator(mode="after")
+    def _check_engines(self) -> Self:
+        for engine in self.engines:
+            if engine.model not in {model.file for model in self.models}:
+                raise ValueError(f"{engine.file} was built from {engine.model}, which the bundle has not")
+            for profile in engine.profiles:
+                if set(profile) != set(self.signature.dims):
+                    raise ValueError(f"{engine.file} has a profile of {', '.join(profile)}, not of the signature's dimensions")
+        return self
 
 
 def json_schema() -> dict[str, JsonValue]:

@@ -113,7 +113,9 @@ def graph_state(
 ) -> State:
     """Return the weights as a graph holds them; arguments as for :func:`lower`."""
     state, more = _rounded(checkpoint.state, DTYPES[precision]), _kind(lowering, runtime, masked).features
-    return {name: _widened(tensor, checkpoint.spec, more) if _is_query(name) else tensor for name, tensor in state.items()}
+    return {
+        name: _widened(tensor, checkpoint.spec, more) if _is_query_or_key(name) else tensor for name, tensor in state.items()
+    }
 
 
 def _rounded(state: State, dtype: torch.dtype) -> State:
@@ -132,7 +134,7 @@ def _widened(weight: Tensor, spec: LayerSpec, more: int) -> Tensor:
     return torch.cat([heads, heads.new_zeros(*heads.shape[:2], more)], -1).flatten(-2)
 
 
-def _is_query(name: str) -> bool:
+def _is_query_or_key(name: str) -> bool:
     return name.split(".")[-2].endswith("to_qk")
 
 

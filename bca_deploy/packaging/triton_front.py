@@ -79,7 +79,7 @@ def _check_numpy() -> None:
 def _check_tensorrt(wanted: str | None, compatible: bool) -> None:
     """NVIDIA's image says in a variable which TensorRT it has; another server says so itself when it loads the engine."""
     found = os.environ.get("TRT_VERSION", "").split("+")[0]
-    if wanted and found and not _loads(wanted, found, compatible):
+    if wanted and found and not _takes_engines_of(found, wanted, compatible):
         needed = f"{wanted} or later" if compatible else wanted
         raise pb_utils.TritonModelException(
             f"the engine is for TensorRT {needed}, and this server has {found}; take the image with {needed}, or build the "
@@ -87,8 +87,8 @@ def _check_tensorrt(wanted: str | None, compatible: bool) -> None:
         )
 
 
-def _loads(wanted: str, found: str, compatible: bool) -> bool:
-    """Compare as many numbers as both versions have; a version-compatible engine also loads in later ones."""
+def _takes_engines_of(found: str, wanted: str, compatible: bool) -> bool:
+    """Compare as many numbers as both versions have: an image names fewer of them than an engine."""
     built, here = ([int(number) for number in text.split(".") if number.isdecimal()] for text in (wanted, found))
     shared = min(len(built), len(here))
     return here[:shared] >= built[:shared] if compatible else here[:shared] == built[:shared]

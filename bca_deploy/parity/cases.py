@@ -82,9 +82,8 @@ class Case:
 
 def families(spec: LayerSpec, interface: Interface) -> list[Family]:
     """Return the families that this interface can show."""
-    masked = interface.mask or interface.context_mask
     found: list[Family] = ["no mask"]
-    if masked:
+    if interface.masked:
         found += ["padded", "scattered", "dead rows", "opposed"]
     if interface.mask and interface.context_mask:
         found += ["x only", "context only"]

@@ -118,7 +118,7 @@ def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], peers: list[NDA
 
 def from_module(module: nn.Module, spec: LayerSpec, interface: Interface, dims: Dims) -> Arrays:
     """Return a sample that a float32 copy of the live module makes on CPU; the module itself is left alone."""
-    family: Family = "padded" if interface.mask or interface.context_mask else "no mask"
+    family: Family = "padded" if interface.masked else "no mask"
     case = Case(family, "plain", dims["batch"].clip(2), dims["x_len"].clip(7), dims["context_len"].clip(5), seed=11)
     inputs = make_inputs(case, spec, interface, "fp32")
     outputs = run_module(copy.deepcopy(module).cpu().float().eval(), inputs, interface, torch.float32)

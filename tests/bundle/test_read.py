@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from support.bundles import assert_same_bundle, files_of
 from support.layers import make_checkpoint
@@ -28,6 +29,7 @@ from support.processes import HEAVY, run_without
 import bca_deploy
 from bca_deploy.bundle import read as bundle_module
 from bca_deploy.bundle import selftest
+from bca_deploy.bundle.engine_options import BuildOptions
 from bca_deploy.bundle.manifest import Manifest, json_schema, signature_of
 from bca_deploy.bundle.read import Bundle, Check, read_manifest, sha256
 from bca_deploy.bundle.write import staged
@@ -541,6 +543,23 @@ def test_the_schema_documents_every_field_of_the_manifest() -> None:
         table = schema["$defs"][name]
         assert table["additionalProperties"] is False
         assert [key for key in table["properties"] if f"    {key}: " not in table["description"]] == [], name
+
+
+def test_an_engine_is_of_a_model_and_of_the_dimensions_that_there_are(exported: Bundle) -> None:
+    engine: dict[str, Any] = {
+        "file": "engines/rtx-fp16.engine", "library": "rtx", "version": "1.7", "model": "models/fp16.onnx",
+        "model_sha256": "0" * 64, "precision": "fp16", "targets": ["sm89"], "gpu": None, "profiles": [dict(LAYER_DIMS)],
+        "static": False, "matmuls": {}, "weights": {}, "scratch_bytes": None, "weight_bytes": None, "attentions_fused": None,
+        "fusion_evidence": "unknown", "options": {},
+    }  # fmt: skip
+    whole = exported.manifest.model_dump()
+    assert Manifest.model_validate(whole | {"engines": [engine]}).engines[0].options == BuildOptions()
+    for change, message in (
+        ({"model": "models/int8.onnx"}, "was built from models/int8.onnx, which the bundle has not"),
+        ({"profiles": [{"batch": LAYER_DIMS["batch"]}]}, "has a profile of batch, not of the signature's dimensions"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Manifest.model_validate(whole | {"engines": [engine | change]})
 
 
 def test_the_manifest_lists_every_file_with_its_hash(exported: Bundle) -> None:
