@@ -101,6 +101,7 @@ def bca_run() -> Path:
     return native.build("release") / "bca-run"
 
 
+@pytest.mark.slow
 def test_the_cpp_runtime_runs_it(bca_run: Path, bundle: Bundle, tmp_path: Path) -> None:
     described = json.loads(native.passed([bca_run, bundle.directory, "--describe"]))
     assert list(described["dims"]) == ["clips", "time", "tokens"]
@@ -117,6 +118,7 @@ def test_the_cpp_runtime_runs_it(bca_run: Path, bundle: Bundle, tmp_path: Path) 
         assert_right({name: np.load(tmp_path / f"{name}.npy") for name in answered(given)}, given)
 
 
+@pytest.mark.slow
 def test_the_cpp_runtime_refuses_in_the_same_words(bca_run: Path, bundle: Bundle, session: Session, tmp_path: Path) -> None:
     given = requested(2, 3, 4, 0) | {"style": np.zeros((2, 4), np.float32)}
     np.savez(tmp_path / "in.npz", **given)  # type: ignore[arg-type]

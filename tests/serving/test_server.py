@@ -470,4 +470,5 @@ def test_inputs_are_refused_by_the_client_with_the_same_words(served: Server, se
                 session.run(inputs)
             with pytest.raises(InputError) as there:
                 remote.run(inputs)
-            assert str(there.value) == str(here.value)
+            axes = re.compile(r"(?<=: )\[[^]]*\]$")  # named by the session, which the protocol does not do
+            assert axes.sub("", str(there.value)) == axes.sub("", str(here.value))
