@@ -16,6 +16,7 @@ from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.exporter import models
 from bca_deploy.exporter.plan import Plan, make_plan
 from bca_deploy.exporter.recipe import read_recipe
+from bca_deploy.layers import proof
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.layers.lowered_model import choose, has_cpu_form
@@ -39,7 +40,9 @@ def export(
 ) -> Bundle:
     """Export a live module, the seed's layer, the published package's layer or its transformer.
 
-    The module's own outputs on a few inputs are stored in the bundle and prove that the export is the same function.
+    Before anything is made, the module is held against the layer with its weights, in float64 and over every combination of
+    masks, bias and maps that the export has: a copy that does something else at dead rows is refused. Its own outputs on a
+    few inputs are stored in the bundle.
 
     Args:
         module: the trained module; it is not changed.
@@ -60,6 +63,8 @@ def export(
     checkpoint = from_module(module, heads)
     read = read_recipe(Path(recipe) if recipe else None, options)
     choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
+    module = proof.unwrapped(module)
+    proof.check(module, checkpoint, read.interface)
     expected = user_sample.from_module(module, checkpoint.spec, read.interface, read.ranges)
     run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
     return Bundle.open(out)

@@ -28,8 +28,10 @@ _UNMASKED = Interface(mask=False, context_mask=False)
 _RANDOM = Case("no mask", "plain", 2, 16, 16, 0)
 
 
-def run_module(module: nn.Module, inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype) -> dict[str, Array]:
-    """Run a reference module in ``dtype`` and return its outputs by name as float64."""
+def run_module(
+    module: Callable[..., tuple[torch.Tensor, ...]], inputs: Mapping[str, Array], interface: Interface, dtype: torch.dtype
+) -> dict[str, Array]:
+    """Run a module that is called as the reference is in ``dtype`` and return its outputs by name as float64."""
     tensors = {name: torch.from_numpy(a) if a.dtype == bool else torch.from_numpy(a).to(dtype) for name, a in inputs.items()}
     extra = {"return_attn": True} if interface.attention_maps else {}
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The user's own inputs and outputs: proof that the layer built here is the one they trained."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from bca_deploy.errors import InputError, ParityError, nearest
 from bca_deploy.files import read_arrays
 from bca_deploy.layers.checkpoint import Checkpoint
+from bca_deploy.layers.proof import call_of
 from bca_deploy.parity.cases import Case, Family, make_inputs
 from bca_deploy.parity.trial import allowed_error, roundoff_slack
 from bca_deploy.parity.truth import affordable_orders, evaluations, run_module, true_outputs
@@ -121,5 +123,6 @@ def from_module(module: nn.Module, spec: LayerSpec, interface: Interface, dims: 
     family: Family = "padded" if interface.masked else "no mask"
     case = Case(family, "plain", dims["batch"].clip(2), dims["x_len"].clip(7), dims["context_len"].clip(5), seed=11)
     inputs = make_inputs(case, spec, interface, "fp32")
-    outputs = run_module(copy.deepcopy(module).cpu().float().eval(), inputs, interface, torch.float32)
+    call, copied = call_of(module), copy.deepcopy(module).cpu().float().eval()
+    outputs = run_module(partial(call, copied), inputs, interface, torch.float32)
     return inputs | {name: array.astype(np.float32) for name, array in outputs.items()}
