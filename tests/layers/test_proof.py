@@ -105,9 +105,7 @@ def test_a_transformer_is_proven_with_its_masks() -> None:
 )
 def test_a_copy_that_differs_is_refused_with_the_case(module: Callable[[], nn.Module], difference: str) -> None:
     made = module()
-    with pytest.raises(
-        ParityError, match=rf"computes something else \(\d+ differences in 16 cases, the first: .*{difference}"
-    ):
+    with pytest.raises(ParityError, match=rf"computes something else \(\d+ differences in 16 cases, the first: .*{difference}"):
         check(made, from_module(made), Interface())
 
 

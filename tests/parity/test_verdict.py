@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bca_deploy.parity.verdict import (
+    DECIDED,
     OWN_INPUTS,
     CaseResult,
     PeerError,
@@ -87,6 +88,15 @@ def test_only_the_pools_that_break_the_rule_are_in_doubt() -> None:
     fine, doubtful = case(1.0, 1.0, name="a"), case(2.0, 1.0, name="b", sharpness="sharp")
     assert in_doubt([fine, doubtful]) == {("padded", "sharp")}
     assert in_doubt([fine]) == set()
+
+
+def test_what_is_far_beyond_its_limit_beside_sums_in_order_too_is_decided() -> None:
+    far, near = 1.5 * DECIDED + 1, 1.5 * DECIDED - 1
+    assert in_doubt([case(far, 1.0)]) == {("padded", "plain")}, "eager alone may be right by luck"
+    assert in_doubt([case(far, 1.0, 1.0)]) == set()
+    assert in_doubt([case(near, 1.0, 1.0)]) == {("padded", "plain")}
+    assert in_doubt([case(far, 0.0, 0.0)]) == {("padded", "plain")}, "both may be exact by luck"
+    assert in_doubt([case(far, 1.0, 1.0), case(2.0, 1.0, 1.0, family="no mask")]) == {("no mask", "plain")}
 
 
 def test_dead_rows_put_their_whole_family_in_doubt() -> None:
