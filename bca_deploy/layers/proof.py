@@ -1,8 +1,10 @@
 """Is a live module the layer that its weights look like? Run beside the reference in float64, wherever the two could differ."""
 
+import contextlib
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +26,13 @@ _ALIASES = {
 }
 # The largest |logit| of a case is about this. Nearly uniform attention hides much, and only steep logits tell a fill of -10000
 # from the lowest number; they do where all live logits are one number and all dead ones its opposite.
-_LEVELS = ((1.0, False), (30.0, False), (2e4, False), (2e4, True))
+_LEVELS = ((1.0, False), (30.0, False), (2e4, False), (1e5, True))
 _LENGTHS = (7, 5)
-# Four rows for the ways to be dead. Opposed rows have one logit for each head, and only negative ones tell: many.
-_BATCH, _OPPOSED_BATCH = 4, 32
-# Of the largest value. Both sides are float64: what is left is rounding, at most about 2e4 logits of it.
+# Four rows for the ways to be dead. Opposed rows have one logit for each head, and only negative ones tell: so many logits.
+_BATCH, _OPPOSED_LOGITS = 4, 32
+# Products of larger matrices take all threads.
+_WIDE = 2**20
+# Of the largest value. Both sides are float64: what is left is rounding, at most about 1e5 logits of it.
 _ALLOWED = 1e-9
 
 
@@ -110,19 +114,22 @@ def prove(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Pr
     call = call_of(module)
     _check_takes(call, interface)
     theirs = _pinned(copy.deepcopy(module).cpu().double().eval())
-    with one_thread():  # cases are small: threads would wait for each other
+    wide = checkpoint.spec.inner_dim * max(checkpoint.spec.dim, checkpoint.spec.context_dim) > _WIDE
+    with contextlib.nullcontext() if wide else one_thread(), torch.no_grad():  # threads of small products wait for each other
         return _proof(call, theirs, checkpoint, interface)
 
 
 def _proof(call: Call, theirs: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Proof:
+    ours, largest = checkpoint.module(torch.float64), _largest_logit(checkpoint)
+    queries = [(p, p.clone()) for m in (ours, theirs) for name, p in m.named_parameters() if is_query_weight(name)]
     cases, worst, differences = 0, 0.0, list[str]()
     for level, opposed in _LEVELS:
-        ours, other, random = checkpoint.module(torch.float64), copy.deepcopy(theirs), torch.Generator().manual_seed(0)
-        _sharpen([ours, other], _factor(ours, checkpoint, level))
-        for given in _combinations(checkpoint, interface, random, opposed):
+        for parameter, original in queries:
+            parameter.copy_(original * (1.0 if level == 1.0 or largest == 0 else level / largest))
+        for given in _combinations(checkpoint, interface, torch.Generator().manual_seed(0), opposed):
             cases += 1
             name = f"{' '.join(k for k in given if k not in INPUT_NAMES[:2]) or 'no mask'}, |logit| {level:g}"
-            found, failures = _difference(call, other, ours, given)
+            found, failures = _difference(call, theirs, ours, given)
             worst = max(worst, found)
             differences += [f"{name}{', opposed tokens' if opposed else ''}: {failure}" for failure in failures]
     return Proof(cases, worst, tuple(differences))
@@ -162,20 +169,12 @@ def _pinned(module: nn.Module) -> nn.Module:
     return module
 
 
-def _factor(ours: nn.Module, checkpoint: Checkpoint, level: float) -> float:
-    attention: Any = ours if checkpoint.spec.depth is None else ours.layers[0][0]  # type: ignore[index]
-    random = torch.Generator().manual_seed(1)
-    x, context = _tokens(checkpoint, random, _BATCH)
-    with torch.no_grad():
-        largest = float(attention.similarity(attention.norm(x), attention.context_norm(context)).abs().max())
-    return 1.0 if level == 1.0 or largest == 0 else level / largest
-
-
-def _sharpen(modules: list[nn.Module], factor: float) -> None:
-    with torch.no_grad():
-        for name, parameter in itertools.chain(*(module.named_parameters() for module in modules)):
-            if is_query_weight(name):
-                parameter.mul_(factor)
+def _largest_logit(checkpoint: Checkpoint) -> float:
+    """Return the largest |logit| of the first attention on random tokens."""
+    ours: Any = checkpoint.module(torch.float64)
+    attention = ours if checkpoint.spec.depth is None else ours.layers[0][0]
+    x, context = _tokens(checkpoint, torch.Generator().manual_seed(1), _BATCH)
+    return float(attention.similarity(attention.norm(x), attention.context_norm(context)).abs().max())
 
 
 def _tokens(checkpoint: Checkpoint, random: torch.Generator, batch: int) -> tuple[Tensor, Tensor]:
@@ -201,9 +200,8 @@ def _combinations(
     for masked, context_masked, biased, maps in itertools.product(
         *([False, True] if option else [False] for option in options)
     ):
-        given: dict[str, Any] = dict(
-            zip(INPUT_NAMES, _tokens(checkpoint, random, _OPPOSED_BATCH if opposed else _BATCH), strict=False)
-        )
+        batch = max(_BATCH, math.ceil(_OPPOSED_LOGITS / checkpoint.spec.heads)) if opposed else _BATCH
+        given: dict[str, Any] = dict(zip(INPUT_NAMES, _tokens(checkpoint, random, batch), strict=False))
         for wanted, name, other, length, dead in (
             (masked, "mask", "x", _LENGTHS[0], 0),
             (context_masked, "context_mask", "context", _LENGTHS[1], 1),
@@ -228,12 +226,11 @@ def _mask(batch: int, length: int, dead: int, random: torch.Generator) -> Tensor
 
 def _difference(call: Call, theirs: nn.Module, ours: nn.Module, given: dict[str, Any]) -> tuple[float, list[str]]:
     """Return the largest difference of the outputs, as a share of the largest value, and what is wrong."""
-    with torch.no_grad():
-        wanted = ours(**given)
-        try:
-            got = call(theirs, **given)
-        except Exception as error:  # a user's module raises what it likes
-            return float("inf"), [f"{type(error).__name__}: {first_line(error)}"]
+    wanted = ours(**given)
+    try:
+        got = call(theirs, **given)
+    except Exception as error:  # a user's module raises what it likes
+        return float("inf"), [f"{type(error).__name__}: {first_line(error)}"]
     if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
         return float("inf"), [f"it returns {type(got).__name__}, where the layer returns {len(wanted)} tensors"]
     worst, failures = 0.0, []
