@@ -61,9 +61,18 @@ def load(path: Path, heads: int | None = None, prefix: str = "") -> Checkpoint:
     return from_state(read(path), heads, prefix)
 
 
-def from_state(state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "") -> Checkpoint:
-    """Make a checkpoint of a state dict; arguments and errors as for :func:`load`."""
-    layer = _select(_strip_wrappers(state), prefix)
+def from_state(
+    state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "", advice: str = "use --prefix"
+) -> Checkpoint:
+    """Make a checkpoint of a state dict; arguments and errors as for :func:`load`.
+
+    Args:
+        state: names and tensors.
+        heads: as for :func:`load`.
+        prefix: as for :func:`load`.
+        advice: what to do where the layers are further inside.
+    """
+    layer = _select(_strip_wrappers(state), prefix, advice)
     _check_values(layer)
     spec = infer(layer, heads)
     _check_keys(layer, spec)
@@ -91,8 +100,11 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
         InputError: it is no module.
     """
     _check_module(module)
-    own = [m for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
-    found = from_state(module.state_dict(), heads if heads is not None else (own[0].heads if own else None))  # type: ignore[arg-type]
+    own: list[Any] = [m.heads for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
+    advice = (
+        "whole models are not exported yet: give the layer inside, as module.get_submodule(NAME without the dot) returns it"
+    )
+    found = from_state(module.state_dict(), heads if heads is not None or not own else own[0], advice=advice)
     return Checkpoint(_with_eps(found.spec, module), found.state)
 
 
@@ -185,7 +197,7 @@ def _strip_wrappers(state: Mapping[str, Tensor]) -> State:
     return compiled
 
 
-def _select(state: State, prefix: str) -> State:
+def _select(state: State, prefix: str, advice: str) -> State:
     prefix = prefix.replace("_orig_mod.", "")
     prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
     inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -198,9 +210,7 @@ def _select(state: State, prefix: str) -> State:
             f"its keys are {_listing(state)}"
         )
     where = f"under prefix {prefix!r}" if prefix else "at the root of the checkpoint"
-    raise CheckpointError(
-        f"no layer {where}{nearest(prefix, places)}; layers are at: {', '.join(map(repr, places))}; use --prefix"
-    )
+    raise CheckpointError(f"no layer {where}{nearest(prefix, places)}; layers are at: {', '.join(map(repr, places))}; {advice}")
 
 
 def _places(state: State) -> list[str]:
