@@ -27,8 +27,8 @@ NUMPY_DTYPES: dict[Precision, np.dtype[Any]] = {precision: np.dtype(name) for pr
 LEAST_CASES: dict[Scope, int] = {"quick": 40, "full": 200}
 
 # Random weights make attention nearly uniform, which hides everything, so the query weights are scaled until the largest
-# |logit| is about this. ``steep`` tells a mask's fill of -10000 from the true one: twenty
-# times that, as most logits are far smaller than the largest.
+# |logit| is about this. ``steep`` tells a mask's fill of -10000 from the true one: twenty times that, as most logits are far
+# smaller than the largest.
 _LOGIT_TARGETS: dict[Sharpness, float] = {"sharp": 30.0, "steep": 2e5}
 # In float16 no logit may overflow, neither here nor, before it is scaled, in PyTorch eager.
 _FLOAT16_STEEP = 9000.0
