@@ -193,6 +193,17 @@ class Signature:
         """Return the size of each dimension, read from the inputs of a checked call."""
         return {dim: arrays[name].shape[axis] for dim, name, axis in self._places}
 
+    def counts(self, arrays: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the entries and the rows of a checked call, straight from its arrays: this is done for each call."""
+        entries, length = 1, 0
+        for dim, name, axis in self._places:
+            size = arrays[name].shape[axis]
+            if dim == self.batch:
+                entries = size
+            else:
+                length += size
+        return entries, entries * length
+
     def entries(self, sizes: Mapping[str, int]) -> int:
         """Return how many entries a call of these sizes has: its batch, or one."""
         return sizes[self.batch] if self.batch else 1

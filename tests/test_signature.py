@@ -57,7 +57,9 @@ def test_it_comes_back_from_json_the_same(signature: Signature) -> None:
 def test_sizes_are_read_from_the_arrays_that_they_shape(shape: tuple[int, ...]) -> None:
     for signature in (SIGNATURE, layer("plane")):
         sizes = signature.dims.named(shape)
-        assert signature.sizes({t.name: np.empty(t.shape(sizes)) for t in signature.inputs}) == sizes
+        arrays = {t.name: np.empty(t.shape(sizes)) for t in signature.inputs}
+        assert signature.sizes(arrays) == sizes
+        assert signature.counts(arrays) == (signature.entries(sizes), signature.rows(sizes))
         assert list(sizes.values()) == list(shape)
         assert (signature.entries(sizes), signature.rows(sizes)) == (shape[0], shape[0] * (shape[1] + shape[2]))
 

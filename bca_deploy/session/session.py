@@ -312,10 +312,10 @@ class Session:
             result = run(ready)
             failed = False
         finally:
-            seconds, sizes = time.perf_counter() - start, self._signature.sizes(ready)
-            self._meter.add(seconds, self._signature.entries(sizes), self._signature.rows(sizes), failed)
+            seconds = time.perf_counter() - start
+            self._meter.add(seconds, *self._signature.counts(ready), failed)
             if self._on_call is not None:
-                self._observe(seconds, sizes, failed)
+                self._observe(seconds, self._signature.sizes(ready), failed)
         return result
 
     def _observe(self, seconds: float, sizes: dict[str, int], failed: bool) -> None:
