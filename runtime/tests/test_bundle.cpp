@@ -15,7 +15,7 @@ std::string refused(const support::fs::path& path, Verify verify = Verify::Full)
 
 TEST(Bundle, OfFormat1OpensWithItsModelsAndDims) {
   const bca::Bundle bundle = bca::open_bundle(support::kFixture, Verify::Full);
-  ASSERT_EQ(bundle.manifest.models.size(), 2u);
+  ASSERT_EQ(bundle.manifest.models.size(), 1u);
   const bca::ModelEntry& model = bundle.manifest.models[0];
   EXPECT_EQ(model.file, "models/fp32.onnx");
   EXPECT_EQ(model.precision, bca::Precision::Fp32);

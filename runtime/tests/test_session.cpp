@@ -37,7 +37,7 @@ TEST(Session, SaysWhatRunsAndWhatItTakes) {
   const Session session = Session::open(support::kFixture);
   EXPECT_EQ(session.backend(), bca::Backend::OnnxRuntimeCpu);
   EXPECT_EQ(session.precision(), bca::Precision::Fp32);
-  EXPECT_HAS(session.explain().chosen, "onnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime 1.");
+  EXPECT_HAS(session.explain().chosen, "onnxruntime-cpu: models/fp32.onnx on onnxruntime 1.");
   ASSERT_EQ(session.explain().passed_over.size(), 3u);
   EXPECT_EQ(session.explain().passed_over[0].first, "tensorrt");
   EXPECT_HAS(session.explain().passed_over[0].second, " has no tensorrt engine; build one: bca build ");
