@@ -44,7 +44,8 @@ bca::Signature model(const std::string& name, const json& changes = json::object
   sizes.update(changes);
   bca::Signature signature{{}, {}, dims(sizes), given.value("batch", "batch"), {}};
   for (const json& t : given["inputs"]) signature.inputs.push_back({t["name"], bca::dtype_of(t["dtype"]), axes(t["axes"]), fill(t)});
-  for (const auto& [dim, mask] : given.value("masks", json::object()).items()) signature.masks[dim] = mask.get<std::string>();
+  const json masks = given.value("masks", json::object());  // a name of its own: a loop keeps no temporary alive
+  for (const auto& [dim, mask] : masks.items()) signature.masks[dim] = mask.get<std::string>();
   return signature;
 }
 
