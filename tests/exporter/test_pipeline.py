@@ -23,7 +23,9 @@ from bca_deploy.progress import Silent
 def run_model(bundle: Bundle, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
     model = bundle.manifest.models[0]
     session = ort.InferenceSession(str(bundle.path(model.file)), providers=["CPUExecutionProvider"])
-    found: list[np.ndarray] = session.run([t.name for t in bundle.manifest.signature.outputs], {name: t.numpy() for name, t in inputs.items()})
+    found: list[np.ndarray] = session.run(
+        [t.name for t in bundle.manifest.signature.outputs], {name: t.numpy() for name, t in inputs.items()}
+    )
     return found
 
 
