@@ -59,7 +59,7 @@ class Home:
         Raises:
             BcaError: with the way out.
         """
-        if os.getpid() != self._pid:
+        if not self.here:
             raise BcaError(
                 f"{self._what} was opened before a fork, in process {self._pid}, and its threads stayed there; "
                 "open it after the fork, in each process that uses it"

@@ -189,6 +189,11 @@ class Signature:
         found = {axis: (name, index) for name, index, axis in reversed(given) if isinstance(axis, str)}
         return tuple((dim, *found[dim]) for dim in self.dims)
 
+    @cached_property
+    def masks_all(self) -> bool:
+        """Whether a mask tells of the padding in every length."""
+        return set(self.masks) == set(self.lengths)
+
     def sizes(self, arrays: Mapping[str, Any]) -> dict[str, int]:
         """Return the size of each dimension, read from the inputs of a checked call."""
         return {dim: arrays[name].shape[axis] for dim, name, axis in self._places}
@@ -224,7 +229,7 @@ class Signature:
     @cached_property
     def pads(self) -> bool:
         """Whether requests of different lengths can be one batch: each can be stacked, and a mask tells of all padding."""
-        return self.not_stackable is None and set(self.masks) == set(self.lengths)
+        return self.not_stackable is None and self.masks_all
 
     def of_floats(self, dtype: DType) -> "Signature":
         """Return the same with this element type in place of float32."""

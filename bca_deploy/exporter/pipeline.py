@@ -13,14 +13,12 @@ from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import staged, write_build
 from bca_deploy.engines import build as engines
 from bca_deploy.errors import BundleError, ParityError
-from bca_deploy.exporter import models
+from bca_deploy.exporter import live_module, models
 from bca_deploy.exporter.plan import Plan, make_plan
 from bca_deploy.exporter.recipe import read_recipe
-from bca_deploy.layers import proof
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.layers.lowered_model import choose, has_cpu_form
-from bca_deploy.parity import user_sample
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.spec import Precision, Runtime
@@ -63,9 +61,9 @@ def export(
     checkpoint = from_module(module, heads)
     read = read_recipe(Path(recipe) if recipe else None, options)
     choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
-    module = proof.unwrapped(module)
-    proof.check(module, checkpoint, read.interface)
-    expected = user_sample.from_module(module, checkpoint.spec, read.interface, read.ranges)
+    module = live_module.unwrapped(module)
+    live_module.check(module, checkpoint, read.interface)
+    expected = live_module.sample_of(module, checkpoint, read.interface, read.ranges)
     run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
     return Bundle.open(out)
 

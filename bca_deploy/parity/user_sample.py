@@ -1,19 +1,16 @@
 """The user's own inputs and outputs: proof that the layer built here is the one they trained."""
 
-import copy
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from bca_deploy.errors import InputError, ParityError, nearest
 from bca_deploy.files import read_arrays
 from bca_deploy.layers.checkpoint import Checkpoint
-from bca_deploy.layers.proof import call_of
 from bca_deploy.parity.cases import Case, Family, make_inputs
 from bca_deploy.parity.trial import allowed_error, roundoff_slack
 from bca_deploy.parity.truth import affordable_orders, evaluations, run_module, true_outputs
@@ -118,11 +115,10 @@ def _check_one(name: str, got: NDArray[Any], true: NDArray[Any], peers: list[NDA
         )
 
 
-def from_module(module: nn.Module, spec: LayerSpec, interface: Interface, dims: Dims) -> Arrays:
-    """Return a sample that a float32 copy of the live module makes on CPU; the module itself is left alone."""
+def from_module(module: Callable[..., tuple[torch.Tensor, ...]], spec: LayerSpec, interface: Interface, dims: Dims) -> Arrays:
+    """Return a sample that a float32 module makes, which is called as the reference is."""
     family: Family = "padded" if interface.masked else "no mask"
     case = Case(family, "plain", dims["batch"].clip(2), dims["x_len"].clip(7), dims["context_len"].clip(5), seed=11)
     inputs = make_inputs(case, spec, interface, "fp32")
-    call, copied = call_of(module), copy.deepcopy(module).cpu().float().eval()
-    outputs = run_module(partial(call, copied), inputs, interface, torch.float32)
+    outputs = run_module(module, inputs, interface, torch.float32)
     return inputs | {name: array.astype(np.float32) for name, array in outputs.items()}

@@ -102,7 +102,7 @@ class Contract:
     def _refuse_profiles(self, sizes: Mapping[str, int]) -> None:
         got = ", ".join(f"{name} {sizes[name]}" for name in self._signature.dims)
         # Padding that no mask tells of would be attended to.
-        pad = "pad and mask the padding, " if set(self._signature.masks) == set(self._signature.lengths) else ""
+        pad = "pad and mask the padding, " if self._signature.masks_all else ""
         split = "split the batch, or " if self._signature.batch else ""
         raise InputError(
             f"no optimization profile of the engine holds {got}; it has {'; or '.join(map(str, self._profiles))}; "

@@ -104,8 +104,10 @@ Tensor cast_integers(const TensorInfo& input, const View& view) {
 
 Tensor filled(DType dtype, Shape shape, double value) {
   Tensor made(dtype, std::move(shape));
+  unsigned char one[8];
+  store(value, dtype, one);
   auto* at = static_cast<unsigned char*>(made.data());
-  for (std::size_t i = 0; i < made.count(); ++i) store(value, dtype, at + i * size_of(dtype));
+  for (std::size_t i = 0; i < made.count(); ++i) std::memcpy(at + i * size_of(dtype), one, size_of(dtype));
   return made;
 }
 

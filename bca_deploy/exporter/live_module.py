@@ -1,21 +1,30 @@
-"""Is a live module the layer that its weights look like? Run beside the reference in float64, wherever the two could differ."""
+"""A live module, as its user has it: how it is called, and the proof that it is the layer that its weights look like."""
 
 import contextlib
 import copy
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from bca_deploy.errors import CheckpointError, ParityError, first_line
 from bca_deploy.layers.checkpoint import Checkpoint, is_query_weight
 from bca_deploy.layers.isolation import one_thread
-from bca_deploy.spec import INPUT_NAMES, NORM_EPS, OUTPUT_NAMES, Interface
+from bca_deploy.parity import user_sample
+from bca_deploy.parity.cases import Case, make_inputs
+from bca_deploy.parity.truth import live_rows, run_module, true_outputs
+from bca_deploy.signature import Dims
+from bca_deploy.spec import INPUT_NAMES, NORM_EPS, Interface
+
+Arrays = dict[str, NDArray[Any]]
 
 # What forward's arguments are called in code that is about; the first two are the sequences whatever their names.
 _ALIASES = {
@@ -27,7 +36,6 @@ _ALIASES = {
 # The largest |logit| of a case is about this. Nearly uniform attention hides much, and only steep logits tell a fill of -10000
 # from the lowest number; they do where all live logits are one number and all dead ones its opposite.
 _LEVELS = ((1.0, False), (30.0, False), (2e4, False), (1e5, True))
-_LENGTHS = (7, 5)
 # Four rows for the ways to be dead. Opposed rows have one logit for each head, and only negative ones tell: so many logits.
 _BATCH, _OPPOSED_LOGITS = 4, 32
 # Products of larger matrices take all threads.
@@ -48,7 +56,7 @@ class Call:
 
     def __call__(self, module: nn.Module, **given: Any) -> Any:
         """Call the module with what is given by the layer's names."""
-        return module(**{self.arguments[name]: value for name, value in given.items() if value is not None})
+        return module(**{self.arguments[name]: value for name, value in given.items()})
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,12 @@ def _proof(call: Call, theirs: nn.Module, checkpoint: Checkpoint, interface: Int
     for level, opposed in _LEVELS:
         for parameter, original in queries:
             parameter.copy_(original * (1.0 if level == 1.0 or largest == 0 else level / largest))
-        for given in _combinations(checkpoint, interface, torch.Generator().manual_seed(0), opposed):
+        for given in _combinations(checkpoint, interface):
             cases += 1
-            name = f"{' '.join(k for k in given if k not in INPUT_NAMES[:2]) or 'no mask'}, |logit| {level:g}"
-            found, failures = _difference(call, theirs, ours, given)
+            inputs = make_inputs(_case(checkpoint, opposed), checkpoint.spec, given, "fp32")
+            found, failures = _difference(partial(call, theirs), ours, inputs, given)
             worst = max(worst, found)
+            name = f"{' '.join(_named(given, inputs)) or 'no mask'}, |logit| {level:g}"
             differences += [f"{name}{', opposed tokens' if opposed else ''}: {failure}" for failure in failures]
     return Proof(cases, worst, tuple(differences))
 
@@ -169,27 +178,20 @@ def _pinned(module: nn.Module) -> nn.Module:
     return module
 
 
+def _case(checkpoint: Checkpoint, opposed: bool) -> Case:
+    if not opposed:
+        return Case("dead rows", "plain", _BATCH, 7, 5, seed=0)
+    return Case("opposed", "plain", max(_BATCH, math.ceil(_OPPOSED_LOGITS / checkpoint.spec.heads)), 7, 5, seed=0)
+
+
 def _largest_logit(checkpoint: Checkpoint) -> float:
-    """Return the largest |logit| of the first attention on random tokens."""
-    ours: Any = checkpoint.module(torch.float64)
-    attention = ours if checkpoint.spec.depth is None else ours.layers[0][0]
-    x, context = _tokens(checkpoint, torch.Generator().manual_seed(1), _BATCH)
-    return float(attention.similarity(attention.norm(x), attention.context_norm(context)).abs().max())
+    unmasked = Interface(mask=False, context_mask=False)
+    inputs = make_inputs(_case(checkpoint, opposed=False), checkpoint.spec, unmasked, "fp32")
+    return true_outputs(checkpoint.module(torch.float64), inputs, unmasked, np.inf)[1]
 
 
-def _tokens(checkpoint: Checkpoint, random: torch.Generator, batch: int) -> tuple[Tensor, Tensor]:
-    widths = checkpoint.spec.dim, checkpoint.spec.context_dim
-    first, second = (
-        torch.randn(batch, length, width, generator=random, dtype=torch.float64)
-        for length, width in zip(_LENGTHS, widths, strict=True)
-    )
-    return first, second
-
-
-def _combinations(
-    checkpoint: Checkpoint, interface: Interface, random: torch.Generator, opposed: bool
-) -> Iterator[dict[str, Any]]:
-    """Yield the inputs of each combination of what is optional, by the layer's names."""
+def _combinations(checkpoint: Checkpoint, interface: Interface) -> Iterator[Interface]:
+    """Yield the interface with every combination of what it has."""
     bare = checkpoint.spec.depth is None  # the transformer has neither maps nor, as published, a bias
     options = (
         interface.mask,
@@ -197,51 +199,35 @@ def _combinations(
         bare and interface.rel_pos_bias != "none",
         bare and interface.attention_maps,
     )
-    for masked, context_masked, biased, maps in itertools.product(
-        *([False, True] if option else [False] for option in options)
-    ):
-        batch = max(_BATCH, math.ceil(_OPPOSED_LOGITS / checkpoint.spec.heads)) if opposed else _BATCH
-        given: dict[str, Any] = dict(zip(INPUT_NAMES, _tokens(checkpoint, random, batch), strict=False))
-        for wanted, name, other, length, dead in (
-            (masked, "mask", "x", _LENGTHS[0], 0),
-            (context_masked, "context_mask", "context", _LENGTHS[1], 1),
-        ):
-            mask = _mask(len(given[other]), length, dead, random) if wanted else None
-            if opposed:
-                first = given[other][:, :1]
-                given[other] = first.expand_as(given[other]) if mask is None else torch.where(mask[..., None], first, -first)
-            given |= {} if mask is None else {name: mask}
-        if biased:
-            given["rel_pos_bias"] = torch.randn(checkpoint.spec.heads, *_LENGTHS, generator=random, dtype=torch.float64)
-        yield given | ({"return_attn": True} if maps else {})
+    for mask, context_mask, bias, maps in itertools.product(*([False, True] if option else [False] for option in options)):
+        yield Interface(mask, context_mask, interface.rel_pos_bias if bias else "none", maps)
 
 
-def _mask(batch: int, length: int, dead: int, random: torch.Generator) -> Tensor:
-    """Every row but two keeps its first position."""
-    mask = torch.rand(batch, length, generator=random) < 0.6
-    mask[:, 0] = True
-    mask[[dead, 2]] = False
-    return mask
+def _named(given: Interface, inputs: Arrays) -> list[str]:
+    return [*(name for name in inputs if name not in INPUT_NAMES[:2]), *(["return_attn"] if given.attention_maps else [])]
 
 
-def _difference(call: Call, theirs: nn.Module, ours: nn.Module, given: dict[str, Any]) -> tuple[float, list[str]]:
+def _difference(theirs: Callable[..., Any], ours: nn.Module, inputs: Arrays, interface: Interface) -> tuple[float, list[str]]:
     """Return the largest difference of the outputs, as a share of the largest value, and what is wrong."""
-    wanted = ours(**given)
+    wanted = run_module(ours, inputs, interface, torch.float64)
     try:
-        got = call(theirs, **given)
+        got = run_module(theirs, inputs, interface, torch.float64)
     except Exception as error:  # a user's module raises what it likes
-        return float("inf"), [f"{type(error).__name__}: {first_line(error)}"]
-    if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
-        return float("inf"), [f"it returns {type(got).__name__}, where the layer returns {len(wanted)} tensors"]
-    worst, failures = 0.0, []
-    for name, one, true in zip(OUTPUT_NAMES, got, wanted, strict=False):
-        if not isinstance(one, Tensor) or one.shape != true.shape:
-            failures.append(f"{name} is no tensor of {list(true.shape)}")
-            continue
-        share = (one.double() - true).abs().flatten(1).amax(1) / true.abs().max()
-        off = torch.nan_to_num(share, nan=float("inf"))
+        return math.inf, [f"{type(error).__name__}: {first_line(error)}"]
+    shapes, true_shapes = ({name: array.shape for name, array in outputs.items()} for outputs in (got, wanted))
+    if shapes != true_shapes:
+        return math.inf, [f"it returns {shapes}, where the layer returns {true_shapes}"]
+    live, worst, failures = live_rows(inputs, wanted), 0.0, []
+    for name, true in wanted.items():
+        off = np.nan_to_num(np.abs(got[name] - true) / np.abs(true).max(), nan=np.inf)
         worst = max(worst, float(off.max()))
-        if worst > _ALLOWED:
-            where = "rows that have no live key" if bool((off[3:] <= _ALLOWED).all()) else "live rows"
-            failures.append(f"{name} differs by {worst:.2g} of its largest value, in {where}")
+        if off.max() > _ALLOWED:
+            where = "live rows" if (off > _ALLOWED)[live[name]].any() else "rows that have no live key"
+            failures.append(f"{name} differs by {off.max():.2g} of its largest value, in {where}")
     return worst, failures
+
+
+def sample_of(module: nn.Module, checkpoint: Checkpoint, interface: Interface, dims: Dims) -> Arrays:
+    """Return a sample that a float32 copy of the module makes on the CPU; the module itself is left alone."""
+    copied = copy.deepcopy(module).cpu().float().eval()
+    return user_sample.from_module(partial(call_of(module), copied), checkpoint.spec, interface, dims)
