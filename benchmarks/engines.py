@@ -20,11 +20,11 @@ from bca_deploy.engines.builder_process import Request
 from bca_deploy.engines.compile import Built, compile_engine
 from bca_deploy.engines.libraries import LIBRARIES
 from bca_deploy.engines.profiles import shapes
-from bca_deploy.exporter import graph
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.lowered_model import lower
 from bca_deploy.layers.reference import build
 from bca_deploy.spec import LAYER_DIMS, Bias, Interface, LayerSpec, Lowering, Precision, layer_signature
+from bca_deploy.tracing import graph
 
 LAYER = LayerSpec(dim=512, context_dim=386, heads=8, prenorm=True)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from bca_deploy.exporter.graph import trace
 from bca_deploy.layers.checkpoint import Checkpoint, from_module
 from bca_deploy.layers.lowered_model import choose, graph_state, has_cpu_form, lower
 from bca_deploy.layers.reference import build
 from bca_deploy.signature import DimRange, Dims
 from bca_deploy.spec import LAYER_DIMS, Interface, LayerSpec, Lowering, Precision, Runtime, layer_signature
+from bca_deploy.tracing.graph import trace
 
 _ONE = DimRange(1, 1, 1)
 #: What the layers are exported for: the default, a few tokens a side, one token on one side or on both, one batch row.

@@ -27,13 +27,13 @@ import torch
 from defects import DEFECTS, Defect
 from layers import Graph, Structure, graphs, structure
 
-from bca_deploy.exporter.graph import attach, write
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import has_cpu_form
 from bca_deploy.parity.rule import Subject, judge
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.parity.yardstick import Yardstick
 from bca_deploy.spec import Precision, Runtime
+from bca_deploy.tracing.graph import attach, write
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = ROOT / "build" / "verdict"

@@ -15,11 +15,11 @@ from support.requests import by_grpc, by_rest
 from support.servers import bca_serve, cpp_serve
 
 import bca_deploy
-from bca_deploy.exporter.graph import trace, write
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import DTYPES, lower
 from bca_deploy.parity.runners import Runner, ort_runner, strict_runner_of
 from bca_deploy.spec import Bias, Interface, Lowering, Precision, Runtime, layer_signature
+from bca_deploy.tracing.graph import trace, write
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]

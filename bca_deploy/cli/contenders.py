@@ -43,9 +43,9 @@ def obstacle(name: Name, manifest: Manifest, installed: Callable[[str], bool]) -
 
 def write_literal(bundle: Bundle, directory: Path) -> None:
     """Write the literal graph of a bundle's layer: one similarity, a softmax over either axis."""
-    from bca_deploy.exporter.graph import trace, write
     from bca_deploy.exporter.plan import checkpoint_of
     from bca_deploy.layers.lowered_model import lower
+    from bca_deploy.tracing.graph import trace, write
 
     manifest = bundle.manifest
     lowered = lower(checkpoint_of(bundle), "reference", attention_maps=manifest.interface.attention_maps)

@@ -19,7 +19,6 @@ from bca_deploy.bundle.manifest import (
 )
 from bca_deploy.bundle.write import seal, write_json
 from bca_deploy.errors import ParityError
-from bca_deploy.exporter.graph import attach, check_precision, trace, write
 from bca_deploy.exporter.plan import Plan
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.isolation import plain_torch
@@ -29,6 +28,7 @@ from bca_deploy.parity.rule import Subject, judge, judge_inputs
 from bca_deploy.parity.verdict import Verdict, report, significant
 from bca_deploy.progress import Clock
 from bca_deploy.spec import Precision, Runtime
+from bca_deploy.tracing.graph import attach, check_precision, trace, write
 
 # Whose versions the manifest keeps.
 _MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")

@@ -13,7 +13,7 @@ from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import staged, write_build
 from bca_deploy.engines import build as engines
 from bca_deploy.errors import BundleError, ParityError
-from bca_deploy.exporter import live_module, models
+from bca_deploy.exporter import models
 from bca_deploy.exporter.plan import Plan, make_plan
 from bca_deploy.exporter.recipe import read_recipe
 from bca_deploy.layers.checkpoint import from_module
@@ -22,6 +22,7 @@ from bca_deploy.layers.lowered_model import choose, has_cpu_form
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.spec import Precision, Runtime
+from bca_deploy.whole import proof
 
 
 @plain_torch()
@@ -61,9 +62,9 @@ def export(
     checkpoint = from_module(module, heads)
     read = read_recipe(Path(recipe) if recipe else None, options)
     choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
-    module = live_module.unwrapped(module)
-    live_module.check(module, checkpoint, read.interface)
-    expected = live_module.sample_of(module, checkpoint, read.interface, read.ranges)
+    module = proof.unwrapped(module)
+    proof.check(module, checkpoint, read.interface)
+    expected = proof.sample_of(module, checkpoint, read.interface, read.ranges)
     run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
     return Bundle.open(out)
 

@@ -13,7 +13,6 @@ from bca_deploy.bundle.write import check_target
 from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
 from bca_deploy.errors import InputError
-from bca_deploy.exporter.graph import check_opset, check_precision
 from bca_deploy.exporter.recipe import DimsTable, InputsTable, LayerTable, OutputsTable, Recipe
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.layers.lowered_model import choose
@@ -23,6 +22,7 @@ from bca_deploy.parity import user_sample
 from bca_deploy.parity.yardstick import Yardstick
 from bca_deploy.signature import Signature
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Lowering, Precision, layer_signature
+from bca_deploy.tracing.graph import check_opset, check_precision
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -24,7 +24,7 @@ _setting_threads = ForkLock()
 
 _LIBRARIES = ("torch", "onnx", "onnx_ir", "onnxscript")
 # Warnings that are theirs, or that they cause in our name; copyreg's is about torch.export's way to copy fake tensors.
-_WARNERS = re.compile(rf"(({'|'.join(_LIBRARIES)})\b.*|bca_deploy\.(layers\.checkpoint|exporter\.graph)|copyreg)\Z")
+_WARNERS = re.compile(rf"(({'|'.join(_LIBRARIES)})\b.*|bca_deploy\.(layers\.checkpoint|tracing\.graph)|copyreg)\Z")
 
 
 @contextlib.contextmanager

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bca_deploy.errors import InputError
-from bca_deploy.exporter.graph import check_opset
 from bca_deploy.exporter.plan import load_checkpoint
 from bca_deploy.exporter.recipe import Recipe, read_recipe
 from bca_deploy.layers.lowered_model import choose
 from bca_deploy.signature import DimRange, Dims
 from bca_deploy.spec import LAYER_DIMS, Interface, LayerSpec
+from bca_deploy.tracing.graph import check_opset
 
 Reader = Callable[..., Recipe]
 

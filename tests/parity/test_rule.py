@@ -13,7 +13,6 @@ from support.layers import make_checkpoint
 
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import InputError
-from bca_deploy.exporter.graph import trace, write
 from bca_deploy.layers import lowered_attention
 from bca_deploy.layers.checkpoint import Checkpoint, read
 from bca_deploy.layers.lowered_model import lower
@@ -26,6 +25,7 @@ from bca_deploy.parity.verdict import Verdict
 from bca_deploy.parity.yardstick import Inputs, Yardstick
 from bca_deploy.signature import DimRange, Dims
 from bca_deploy.spec import LAYER_DIMS, Interface, Lowering, Precision, layer_signature
+from bca_deploy.tracing.graph import trace, write
 
 BIASED = Interface(rel_pos_bias="shared")
 

@@ -10,11 +10,11 @@ from support.layers import make_checkpoint
 from torch import Tensor, nn
 
 from bca_deploy.errors import CheckpointError, ParityError
-from bca_deploy.exporter.live_module import call_of, check, prove, unwrapped
 from bca_deploy.layers import reference
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.reference import BidirectionalCrossAttention
 from bca_deploy.spec import Interface
+from bca_deploy.whole.proof import call_of, check, prove, unwrapped
 
 ALL = Interface(rel_pos_bias="shared", attention_maps=True)
 

@@ -12,11 +12,11 @@ import torch
 from support.layers import make_checkpoint, make_spec
 
 from bca_deploy.errors import ExportError, InputError
-from bca_deploy.exporter import graph
-from bca_deploy.exporter.graph import OPSETS, trace, write
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import graph_state, lower
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision, layer_signature
+from bca_deploy.tracing import graph
+from bca_deploy.tracing.graph import OPSETS, trace, write
 
 
 def traced(
