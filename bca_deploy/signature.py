@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+from bca_deploy.arithmetic import names_in, value_of
 from bca_deploy.errors import InputError
 
-#: A fixed size, or the name of a dimension.
+#: A fixed size, the name of a dimension, or of an output what follows from dimensions (arithmetic.py).
 Axis = str | int
 DType = Literal["float32", "float16", "bfloat16", "bool", "int32", "int64"]
 
@@ -116,7 +117,8 @@ class Tensor:
         name: in the graph; look tensors up by it, never by position.
         dtype: element type. That of a floating-point tensor is what PyTorch takes; a half-precision model may have others,
             see :meth:`Signature.of_floats`.
-        axes: a number is a fixed size, a string one of the named dimensions.
+        axes: a number is a fixed size, a string one of the named dimensions, or of an output what follows from them, such as
+            ``height * width``.
         fill: of an input that may be left out, the value that stands everywhere in it then; none where it must be given.
     """
 
@@ -129,7 +131,9 @@ class Tensor:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return its shape where each named dimension has its size."""
-        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+        return tuple(
+            [axis if isinstance(axis, int) else sizes[axis] if axis in sizes else value_of(axis, sizes) for axis in self.axes]
+        )
 
     @property
     def is_float(self) -> bool:
@@ -146,7 +150,8 @@ class Signature:
         outputs: likewise.
         dims: every named dimension, and its range.
         batch: the dimension along which entries are apart: none changes what comes out for another. None where there is none.
-        masks: for each dimension that may be padded, the bool input over ``(batch, dimension)`` that is false at padding.
+        masks: for each dimension that may be padded, the bool or integer input over ``(batch, dimension)`` that is false, or 0,
+            at padding.
 
     Raises:
         InputError: two tensors of one name, a dimension that no input which must be given has, or a mask that is none.
@@ -165,7 +170,8 @@ class Signature:
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"signature: {twice[0]} is the name of two tensors; give each its own")
         known = {axis for tensor in self.inputs if tensor.fill is None for axis in tensor.axes if isinstance(axis, str)}
-        used = {axis for tensor in (*self.inputs, *self.outputs) for axis in tensor.axes if isinstance(axis, str)}
+        used = {axis for tensor in self.inputs for axis in tensor.axes if isinstance(axis, str)}
+        used |= {name for tensor in self.outputs for axis in tensor.axes for name in self.dims_of(axis)}
         for name in sorted({*used, *self.dims, *([self.batch] if self.batch else [])}):
             if name not in known or name not in self.dims:
                 raise InputError(f"signature: dimension {name} needs a range, and an input that has it and must be given")
@@ -174,8 +180,14 @@ class Signature:
 
     def _check_mask(self, dim: str, name: str) -> None:
         axes = (self.batch, dim) if self.batch else (dim,)
-        if dim == self.batch or not any((t.name, t.dtype, t.axes) == (name, "bool", axes) for t in self.inputs):
-            raise InputError(f"signature: {name} cannot mask {dim}; a mask is a bool input over {list(axes)}")
+        if dim == self.batch or not any((t.name, t.axes, t.is_float) == (name, axes, False) for t in self.inputs):
+            raise InputError(f"signature: {name} cannot mask {dim}; a mask is a bool or integer input over {list(axes)}")
+
+    def dims_of(self, axis: Axis) -> frozenset[str]:
+        """Return the dimensions that an axis depends on."""
+        if isinstance(axis, int):
+            return frozenset()
+        return frozenset([axis]) if axis in self.dims else names_in(axis)
 
     @cached_property
     def lengths(self) -> tuple[str, ...]:
@@ -221,8 +233,13 @@ class Signature:
     def not_stackable(self) -> Tensor | None:
         """The first tensor that keeps requests apart: its batch does not come first, or it has two lengths."""
         for tensor in (*self.inputs, *self.outputs):
-            lengths = [axis for axis in tensor.axes if axis in self.lengths]
-            if self.batch is None or tensor.axes[:1] != (self.batch,) or len(lengths) > 1 or tensor.axes.count(self.batch) > 1:
+            lengths = [name for axis in tensor.axes for name in self.dims_of(axis) if name in self.lengths]
+            if (
+                self.batch is None
+                or tensor.axes[:1] != (self.batch,)
+                or len(lengths) > 1
+                or any(self.batch in self.dims_of(axis) for axis in tensor.axes[1:])
+            ):
                 return tensor
         return None
 

@@ -1,5 +1,6 @@
 """The signature: what cannot be is refused, what can is read the same by all."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.clips import SIGNATURE
 from support.layers import make_spec
 
 from bca_deploy.errors import InputError
-from bca_deploy.signature import DimRange, Dims, Signature, Tensor, hull
+from bca_deploy.signature import Axis, DimRange, Dims, DType, Signature, Tensor, hull
 from bca_deploy.spec import LAYER_DIMS, Bias, Interface, layer_signature
 
 ranges = st.tuples(*[st.integers(1, 50)] * 3).map(lambda sizes: DimRange(*sorted(sizes)))
@@ -30,8 +31,12 @@ def layer(bias: Bias = "none", **changes: bool) -> Signature:
         ({"dims": Dims(SIGNATURE.dims, rows=DimRange(1, 1, 1))}, "dimension rows needs a range, and an input that has it"),
         ({"dims": Dims(clips=DimRange(1, 1, 1), time=DimRange(1, 1, 1))}, "dimension tokens needs a range"),
         ({"batch": "rows"}, "dimension rows needs a range"),
-        ({"masks": {"time": "real"}}, r"real cannot mask time; a mask is a bool input over \['clips', 'time'\]"),
+        ({"masks": {"time": "real"}}, r"real cannot mask time; a mask is a bool or integer input over \['clips', 'time'\]"),
         ({"masks": {"time": "frames"}}, "frames cannot mask time"),
+        ({"masks": {"time": "words"}}, "words cannot mask time"),
+        ({"outputs": (Tensor("y", "float32", ("clips", "time * rows")),)}, "dimension rows needs a range, and an input that"),
+        ({"outputs": (Tensor("y", "float32", ("tokens // frames",)),)}, "dimension frames needs a range, and an input that"),
+        ({"inputs": (*SIGNATURE.inputs, Tensor("more", "int32", ("time * 2",)))}, r"dimension time \* 2 needs a range, and"),
         ({"masks": {"clips": "shown"}}, "shown cannot mask clips"),
         ({"batch": None}, "shown cannot mask time"),
         ({"inputs": SIGNATURE.inputs[1:]}, "dimension time needs a range, and an input that has it and must be given"),
@@ -42,7 +47,31 @@ def test_a_signature_that_cannot_be_is_refused(changes: dict[str, Any], fault: s
         replace(SIGNATURE, **changes)
 
 
-@pytest.mark.parametrize("signature", [SIGNATURE, layer(), layer("batch", attention_maps=True)], ids=["clips", "layer", "all"])
+@pytest.mark.parametrize("axis", ["time +", "time / 2", "time.real", "int(time)", "", "2.5"])
+def test_an_axis_of_an_output_that_is_no_size_is_refused(axis: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(repr(axis))} is no size: give a number, a dimension, or an expression"):
+        replace(SIGNATURE, outputs=(Tensor("y", "float32", ("clips", axis)),))
+
+
+def with_output(*axes: Axis) -> Signature:
+    """The clips with one output."""
+    return replace(SIGNATURE, outputs=(Tensor("y", "float32", axes),))
+
+
+def with_masks_of(dtype: DType) -> Signature:
+    """The clips with masks of another element type."""
+    changed = [replace(t, dtype=dtype, fill=1) if t.name in ("shown", "real") else t for t in SIGNATURE.inputs]
+    return replace(SIGNATURE, inputs=tuple(changed))
+
+
+FOLLOWS = with_output("clips", "(time - 1) // 2 + 1", 6)
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [SIGNATURE, layer(), layer("batch", attention_maps=True), FOLLOWS, with_masks_of("int32")],
+    ids=["clips", "layer", "all", "expression", "integers"],
+)
 def test_it_comes_back_from_json_the_same(signature: Signature) -> None:
     adapter = TypeAdapter(Signature)
     again = adapter.validate_json(adapter.dump_json(signature))
@@ -75,6 +104,56 @@ def test_requests_share_a_batch_where_masks_tell_of_all_padding_and_no_tensor_ha
         assert signature.not_stackable.name == tensor
     square = replace(SIGNATURE, outputs=(Tensor("similarity", "float32", ("clips", "clips")),))
     assert square.not_stackable == square.outputs[0], "an entry's row has the others' entries"
+
+
+@pytest.mark.parametrize(("time", "wanted"), [(1, 1), (2, 1), (3, 2), (8, 4)])
+def test_an_output_may_have_a_size_that_follows_from_others(time: int, wanted: int) -> None:
+    assert FOLLOWS.outputs[0].shape({"clips": 2, "time": time, "tokens": 5}) == (2, wanted, 6)
+
+
+def test_an_axis_that_is_a_dimension_is_that_whatever_its_name() -> None:
+    size = Tensor("y", "float32", ("time * 2", "time * 3"))
+    assert size.shape({"time": 4, "time * 3": 7}) == (8, 7)
+
+
+def test_an_output_that_has_no_size_says_at_which_sizes() -> None:
+    signature = with_output("clips", "time // (tokens - 3)")
+    with pytest.raises(InputError, match=r"'time // \(tokens - 3\)' divides by 0 at time 6, tokens 3; give other sizes"):
+        signature.outputs[0].shape({"clips": 2, "time": 6, "tokens": 3})
+
+
+@pytest.mark.parametrize(
+    ("axes", "stackable"),
+    [
+        (("clips", "(time - 1) // 2 + 1", 6), True),
+        (("clips", "time * time"), True),
+        (("clips", "2 * 3"), True),
+        (("clips", "time * tokens"), False),
+        (("clips", "time // 2", "tokens"), False),
+        (("clips", "time // 2", "time"), False),
+        (("clips", "clips * 2"), False),
+        (("clips", "max(time, clips)"), False),
+        (("clips * 2", "time"), False),
+        (("time // 2", "clips"), False),
+    ],
+)
+def test_requests_share_a_batch_where_what_follows_is_of_one_length(axes: tuple[Axis, ...], stackable: bool) -> None:
+    signature = with_output(*axes)
+    assert signature.not_stackable == (None if stackable else signature.outputs[0])
+    assert signature.pads == stackable
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "int64"])
+def test_a_mask_is_of_bools_or_integers(dtype: DType) -> None:
+    signature = with_masks_of(dtype)
+    assert signature.masks_all
+    assert signature.pads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_mask_of_floating_point_numbers_is_refused(dtype: DType) -> None:
+    with pytest.raises(InputError, match="shown cannot mask time; a mask is a bool or integer input over"):
+        with_masks_of(dtype)
 
 
 def test_half_precision_changes_floats_and_nothing_else() -> None:

@@ -17,6 +17,8 @@ PARITY_FILE = "parity.json"
 BUILD_FILE = "build.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+#: The form of the attention in a graph that may have several layers, or none.
+ModelLowering = Lowering | Literal["mixed", "none"]
 Evidence = Literal["log", "scratch", "unknown"]
 
 
@@ -37,6 +39,23 @@ class ParityEntry(_Model):
     )
 
 
+class ProofEntry(_Model):
+    """How a layer inside a model was held against the layer that its weights say."""
+
+    cases: int = Field(description="combinations of inputs, masks and logits that were run in float64")
+    worst: float = Field(description="the largest difference, as a share of the largest value")
+
+
+class LayerEntry(_Model):
+    """A layer that was lowered."""
+
+    path: str = Field(description="its name in the model; empty where the model is the layer")
+    spec: LayerSpec = Field(description="what it is")
+    lowering: Lowering = Field(description="form of its attention in the graphs")
+    calls: int = Field(default=1, description="how often the model calls it")
+    proof: ProofEntry | None = Field(default=None, description="of a layer inside a model")
+
+
 class ModelEntry(_Model):
     """One ONNX file."""
 
@@ -44,7 +63,9 @@ class ModelEntry(_Model):
     runtime: Runtime = Field(description="what the graph is made for; portable means plain ai.onnx operators")
     opset: int = Field(description="ai.onnx opset of the file")
     precision: Precision = Field(description="of weights and activations; norms and means over values are float32")
-    lowering: Lowering = Field(description="form of the attention in the graph")
+    lowering: ModelLowering = Field(
+        description="form of the attention in the graph: mixed where layers differ, none without any"
+    )
     keep_io_types: bool = Field(
         description="whether floating-point inputs and outputs are float32 whatever the precision, else they have its type"
     )
@@ -94,13 +115,21 @@ class Manifest(_Model):
     """The bundle's table of contents."""
 
     format: Literal[1] = Field(description="bundle format; a reader refuses a newer one")
-    layer: LayerSpec = Field(description="what was exported; enough to rebuild the PyTorch module")
-    interface: Interface = Field(description="which optional inputs and outputs the layer has")
+    source: str = Field(default="layer", description="layer, or the class of the whole model")
+    layers: tuple[LayerEntry, ...] = Field(description="the layers that were lowered; of a bare layer enough to rebuild it")
+    interface: Interface | None = Field(
+        default=None, description="which optional inputs and outputs the bare layer has; null for a whole model"
+    )
     signature: Signature = Field(description="what every model takes and gives: tensors, dimensions and their ranges, masks")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="the ONNX files, the preferred one first")
     engines: tuple[EngineEntry, ...] = Field(description="compiled engines")
     versions: dict[str, str] = Field(description="versions of the packages that made the bundle")
     files: dict[str, FileEntry] = Field(description="every file but manifest.json and build.json, by path")
+
+    @property
+    def layer(self) -> LayerSpec | None:
+        """The layer, where the model is that and nothing more."""
+        return self.layers[0].spec if self.interface is not None and self.layers else None
 
     @model_validator(mode="after")
     def _check_engines(self) -> Self:

@@ -20,10 +20,11 @@ from bca_deploy.signature import Axis, Dims
 from bca_deploy.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from bca_deploy.bundle.manifest import EngineEntry
+    from bca_deploy.bundle.manifest import EngineEntry, LayerEntry
     from bca_deploy.cli.bench import Report
     from bca_deploy.cli.doctor import Finding
     from bca_deploy.exporter.plan import Plan
+    from bca_deploy.exporter.source import Source
     from bca_deploy.parity.verdict import Verdict
     from bca_deploy.session.session import Session
 
@@ -76,14 +77,14 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
     recipe = plan.recipe
     content: dict[str, Any] = {
         "weights": str(checkpoint) if checkpoint else f"seeded ({recipe.seed})",
-        "layer": dataclasses.asdict(plan.checkpoint.spec),
-        "lowering": plan.lowering,
+        **_what(plan.source),
+        "lowering": plan.source.lowering,
         "opset": recipe.opset,
         "precision": list(recipe.precision),
         "keep_io_types": recipe.keep_io_types,
-        "inputs": {tensor.name: tensor.axes for tensor in plan.signature.inputs},
-        "outputs": {tensor.name: tensor.axes for tensor in plan.signature.outputs},
-        "dims": recipe.dims.model_dump(),
+        "inputs": {tensor.name: tensor.axes for tensor in plan.source.signature.inputs},
+        "outputs": {tensor.name: tensor.axes for tensor in plan.source.signature.outputs},
+        "dims": {name: dataclasses.asdict(found) for name, found in plan.source.signature.dims.items()},
         "parity": recipe.parity,
         "out": str(plan.out),
     }
@@ -94,14 +95,30 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
         _print_json(content)
         return
     table = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
-    content["layer"] = describe(plan.checkpoint.spec)
-    content["dims"] = _dims(plan.signature.dims)
+    if plan.source.interface is not None:
+        content["layer"] = describe(plan.source.layers[0].spec)
+    else:
+        content["layers"] = [_inside(layer) for layer in plan.source.layers] or ["none"]
+    content["dims"] = _dims(plan.source.signature.dims)
     for name in ("inputs", "outputs"):
         content[name] = "; ".join(f"{key} {_shape(axes)}" for key, axes in content[name].items())
     for name, value in content.items():
         table.add_row(name, str(value) if not isinstance(value, list) else ", ".join(value))
     _out.print(table)
     _out.print("dry run: nothing was written")
+
+
+def _what(source: "Source") -> dict[str, Any]:
+    """Return the bare layer, or the layers inside a whole model with their proof."""
+    if source.interface is not None:
+        return {"layer": dataclasses.asdict(source.layers[0].spec)}
+    return {"model": source.name, "layers": [layer.model_dump(mode="json") for layer in source.layers]}
+
+
+def _inside(layer: "LayerEntry") -> str:
+    proof = layer.proof and f"; proven in {layer.proof.cases} cases, worst {layer.proof.worst:.0e}"
+    times = f", called {layer.calls} times" if layer.calls > 1 else ""
+    return f"{layer.path or 'the model itself'}: {describe(layer.spec)}, {layer.lowering}{times}{proof or ''}"
 
 
 def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -> None:
@@ -146,7 +163,12 @@ def _parity_table(verdict: "Verdict") -> Table:
 def show_manifest(manifest: Manifest, where: Path) -> None:
     """Print what a bundle holds."""
     _out.print(f"{where}: bundle format {manifest.format}, every hash right")
-    _out.print(f"layer: {describe(manifest.layer)}")
+    if manifest.layer is not None:
+        _out.print(f"layer: {describe(manifest.layer)}")
+    else:
+        _out.print(f"model: {manifest.source}")
+        for layer in manifest.layers:
+            _out.print(f"layer {_inside(layer)}")
     _out.print(f"dims:  {_dims(manifest.signature.dims)}")
     models = Table("model", "opset", "precision", "lowering", "nodes", "parity", "worst ratio", box=SIMPLE)
     for model in manifest.models:

@@ -34,7 +34,14 @@ def obstacle(name: Name, manifest: Manifest, installed: Callable[[str], bool]) -
     if need and not installed(need):
         return f"{need} is not installed"
     layer, interface = manifest.layer, manifest.interface
-    if name in ("sdpa", "compiled") and (layer.depth or layer.talking_heads or interface.attention_maps):
+    if need == "torch" and (layer is None or interface is None):
+        return "a whole model's code is not in its bundle"
+    if (
+        layer is not None
+        and interface is not None
+        and name in ("sdpa", "compiled")
+        and (layer.depth or layer.talking_heads or interface.attention_maps)
+    ):
         return "PyTorch's fused attention takes a bare layer without talking heads and attention maps"
     if name in ("literal", "portable", "openvino") and not any(m.precision == "fp32" for m in manifest.models):
         return "it runs float32, and the bundle has none"
@@ -48,7 +55,8 @@ def write_literal(bundle: Bundle, directory: Path) -> None:
     from bca_deploy.tracing.graph import trace, write
 
     manifest = bundle.manifest
-    lowered = lower(checkpoint_of(bundle), "reference", attention_maps=manifest.interface.attention_maps)
+    maps = manifest.interface is not None and manifest.interface.attention_maps
+    lowered = lower(checkpoint_of(bundle), "reference", attention_maps=maps)
     write(trace(lowered, manifest.signature, manifest.models[0].opset), directory / LITERAL_FILE)
 
 

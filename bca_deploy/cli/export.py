@@ -1,7 +1,8 @@
 """`bca-export`, which is `bca export`. Heavy imports wait until a command runs."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -25,20 +26,54 @@ from bca_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from bca_deploy.exporter.plan import Plan
+    from bca_deploy.exporter.recipe import Recipe
+    from bca_deploy.exporter.source import Source
+    from bca_deploy.progress import Progress
 
 
 @export_app.command()
 @app.command("export")
 def export_command(  # noqa: PLR0913  (one parameter per option)
+    model: Annotated[
+        str | None,
+        typer.Option(help="A whole model: pkg.module:factory or file.py:factory. Runs that code, which is yours."),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Trained weights: .pt, .pth or .safetensors. Seeded weights where absent."),
+        typer.Option(help="Trained weights: .pt, .pth or .safetensors. Seeded weights, or the factory's, where absent."),
     ] = None,
+    samples: Annotated[
+        list[Path] | None,
+        typer.Option("--inputs", help="Sample .npz of a model's inputs by forward's names; two of different sizes."),
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(help="Range of a model's dimension, NAME=MIN:OPT:MAX. [default: 1, the sample's size, four times that]"),
+    ] = None,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(help="Names of an input's axes, such as video=batch,video_len,0 where 0 keeps the sample's size."),
+    ] = None,
+    int_mask: Annotated[
+        list[str] | None,
+        typer.Option("--mask", metavar="NAME:DIM", help="An integer input of a model that masks a dimension."),
+    ] = None,
+    value_range: Annotated[
+        list[str] | None,
+        typer.Option("--range", metavar="NAME=LOW:HIGH", help="Values of an integer input. [default: the samples']"),
+    ] = None,
+    keep_literal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Leave this layer of a model as it is."),
+    ] = None,
+    allow_none: Annotated[bool, typer.Option("--allow-none", help="Export a model without the layer, too.")] = False,
     heads: Annotated[
         int | None,
         typer.Option(help="Attention heads; required with a checkpoint without talking heads."),
     ] = None,
-    prefix: Annotated[str, typer.Option(help="Where the layer is inside a bigger checkpoint, such as encoder.fusion.")] = "",
+    prefix: Annotated[
+        str, typer.Option(help="Where the layer, or the model, is inside a bigger checkpoint, such as encoder.fusion.")
+    ] = "",
     expect: Annotated[
         Path | None,
         typer.Option(help="Sample .npz of inputs and outputs from your own code; proves it is the same function."),
@@ -57,7 +92,7 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
         Literal["quick", "full"] | None,
         typer.Option(help="Which parity matrix must pass. [default: quick]"),
     ] = None,
-    mask: Annotated[bool | None, typer.Option("--mask/--no-mask", help="Input mask.")] = None,
+    no_mask: Annotated[bool, typer.Option("--no-mask", help="The layer without input mask.")] = False,
     context_mask: Annotated[bool | None, typer.Option("--context-mask/--no-context-mask", help="Input context_mask.")] = None,
     rel_pos_bias: Annotated[
         Literal["none", "plane", "shared", "batch"] | None,
@@ -90,11 +125,13 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
     verbose: VerboseFlag = False,
     version: VersionFlag = False,
 ) -> None:
-    """Export a layer to an ONNX bundle, proven equal to PyTorch.
+    """Export a layer, or a whole model with layers in it, to an ONNX bundle, proven equal to PyTorch.
 
     Exit codes: 0 done, 1 parity failed, 2 bad input, 130 interrupted, 143 terminated. On all but 0 no bundle is left.
     """
     with guarded(verbose):
+        from bca_deploy.cli import console
+
         options = {
             "opset": opset,
             "lowering": lowering,
@@ -102,15 +139,27 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             "parity": parity,
             "keep_io_types": keep_io_types,
             "external_data_bytes": external_data_bytes,
-            "inputs": {"mask": mask, "context_mask": context_mask, "rel_pos_bias": rel_pos_bias},
+            "inputs": {"mask": False if no_mask else None, "context_mask": context_mask, "rel_pos_bias": rel_pos_bias},
             "outputs": {"attention_maps": attention_maps},
-            "dims": {"batch": read_range(batch), "x_len": read_range(x_len), "context_len": read_range(context_len)},
+            "dims": {
+                **{"batch": read_range(batch), "x_len": read_range(x_len), "context_len": read_range(context_len)},
+                **_pairs("--dim", dim, "=", read_range),
+            },
+            "model": {
+                "factory": model,
+                "samples": tuple(samples) if samples else None,
+                "axes": _pairs("--axes", axes, "=", _read_axes),
+                "masks": _pairs("--mask", int_mask, ":", str),
+                "ranges": _pairs("--range", value_range, "=", _read_values),
+                "keep_literal": tuple(keep_literal) if keep_literal else None,
+                "allow_none": allow_none or None,
+            },
             "engine": {"library": engine, "targets": tuple(target) if target else None},
             "profile": tuple(map(read_profile, profile)) if profile else None,
         }
-        check_paths(checkpoint, expect)
-        plan = _plan(recipe, options, checkpoint, heads, prefix, expect, _target(out, archive), force)
-        from bca_deploy.cli import console
+        check_paths(checkpoint, expect, *(samples or ()))
+        with console.progress() as progress:
+            plan = _plan(recipe, options, _Given(checkpoint, heads, prefix, expect), _target(out, archive), force, progress)
         from bca_deploy.exporter import pipeline
 
         if dry_run:
@@ -123,23 +172,70 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             show_engines(plan.out)
 
 
-def _plan(
-    recipe: Path | None,
-    options: dict[str, Any],
-    checkpoint: Path | None,
-    heads: int | None,
-    prefix: str,
-    expect: Path | None,
-    out: Path,
-    force: bool,
-) -> "Plan":
+class _Given(NamedTuple):
+    """What says which weights, and that they are right."""
+
+    checkpoint: Path | None
+    heads: int | None
+    prefix: str
+    expect: Path | None
+
+
+def _plan(recipe: Path | None, options: dict[str, Any], given: _Given, out: Path, force: bool, progress: "Progress") -> "Plan":
     from bca_deploy.exporter.recipe import read_recipe
 
     read = read_recipe(recipe, options)
-    plans, samples = need("exporter.plan"), need("parity.user_sample")
-    loaded = plans.load_checkpoint(read, checkpoint, heads, prefix)
-    plan: Plan = plans.make_plan(read, loaded, out, force, samples.read(expect) if expect else {})
+    plans = need("exporter.plan")
+    source = _layer(read, given) if read.model is None else _model(read, given, progress)
+    plan: Plan = plans.make_plan(read, source, out, force)
     return plan
+
+
+def _layer(recipe: "Recipe", given: _Given) -> "Source":
+    plans, samples = need("exporter.plan"), need("parity.user_sample")
+    loaded = plans.load_checkpoint(recipe, given.checkpoint, given.heads, given.prefix)
+    source: Source = plans.layer_source(recipe, loaded, samples.read(given.expect) if given.expect else {})
+    return source
+
+
+def _model(recipe: "Recipe", given: _Given, progress: "Progress") -> "Source":
+    table = recipe.model
+    if table is None or table.factory is None:
+        raise InputError("what was given is about a whole model; give the model, too: --model pkg.module:factory")
+    for flag, value in (("--heads", given.heads), ("--expect", given.expect)):
+        if value is not None:
+            raise InputError(f"{flag} is about the bare layer; a whole model's own outputs on its --inputs are its truth")
+    factory, source = need("whole.factory"), need("exporter.model_source")
+    made = factory.make(table.factory)
+    if checkpoint := given.checkpoint or table.checkpoint:
+        factory.load_into(made, checkpoint, given.prefix or table.prefix)
+    from bca_deploy.files import read_arrays
+
+    found: Source = source.read_model(made, [read_arrays(path) for path in table.samples], recipe, progress)
+    return found
+
+
+def _pairs(flag: str, texts: list[str] | None, separator: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` of a flag that may come again."""
+    found: dict[str, Any] = {}
+    for text in texts or []:
+        name, there, value = text.partition(separator)
+        if not (name and there and value) or name in found:
+            raise InputError(f"{flag} {text!r}: give NAME{separator}VALUE, each name once")
+        found[name] = read(value)
+    return found
+
+
+def _read_axes(text: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.strip().isdecimal() else part.strip() for part in text.split(","))
+
+
+def _read_values(text: str) -> tuple[int, int]:
+    low, there, high = text.partition(":")
+    try:
+        return int(low), int(high if there else low)
+    except ValueError:
+        raise InputError(f"--range {text!r}: give LOW:HIGH, whole numbers such as 0:30521") from None
 
 
 def _target(out: Path | None, archive: Path | None) -> Path:

@@ -145,7 +145,8 @@ def _request(directory: Path, manifest: Manifest, model: ModelEntry, wanted: Eng
 
 
 def _entry(manifest: Manifest, model: ModelEntry, wanted: EnginePlan, file: str, built: Built) -> EngineEntry:
-    attentions = 2 * (manifest.layer.depth or 1) * len(wanted.profiles)  # the log lists every profile's kernels
+    each = sum(2 * layer.calls * (layer.spec.depth or 1) for layer in manifest.layers)
+    attentions = each * len(wanted.profiles)  # the log lists every profile's kernels
     fused, evidence = build_log.judge_fusion(built.log, attentions, _map_bytes(manifest, wanted))
     return EngineEntry(
         file=file,
@@ -169,7 +170,9 @@ def _entry(manifest: Manifest, model: ModelEntry, wanted: EnginePlan, file: str,
 
 
 def _map_bytes(manifest: Manifest, wanted: EnginePlan) -> int:
-    """Size of one attention map at the largest shapes."""
+    """Size of one attention map of the bare layer at the largest shapes; 0 where the lengths inside are not known."""
+    if manifest.layer is None:
+        return 0
     largest = max(math.prod(profile.at("max").values()) for profile in wanted.profiles)
     return largest * manifest.layer.heads * _BYTES[wanted.precision]
 

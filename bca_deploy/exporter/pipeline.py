@@ -1,27 +1,27 @@
 """The main job in its order: weights, models and their verdicts, bundle, engine; in its place whole, or not at all."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bca_deploy.bundle.manifest import (
-    WEIGHTS_FILE,
-)
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import staged, write_build
 from bca_deploy.engines import build as engines
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.exporter import models
-from bca_deploy.exporter.plan import Plan, make_plan
-from bca_deploy.exporter.recipe import read_recipe
+from bca_deploy.exporter.layer_source import LayerSource
+from bca_deploy.exporter.model_source import read_model
+from bca_deploy.exporter.plan import Plan, layer_source, make_plan
+from bca_deploy.exporter.recipe import ModelTable, Recipe, read_recipe
+from bca_deploy.exporter.source import Source
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.isolation import plain_torch
-from bca_deploy.layers.lowered_model import choose, has_cpu_form
+from bca_deploy.layers.lowered_model import choose
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress, Silent
-from bca_deploy.spec import Precision, Runtime
 from bca_deploy.whole import proof
 
 
@@ -30,6 +30,7 @@ def export(
     module: nn.Module,
     out: str | Path,
     *,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     heads: int | None = None,
     recipe: str | Path | None = None,
     force: bool = False,
@@ -37,21 +38,26 @@ def export(
     progress: Progress | None = None,
     **options: Any,
 ) -> Bundle:
-    """Export a live module, the seed's layer, the published package's layer or its transformer.
+    """Export a live module: a whole model with the layer somewhere in it, or the layer alone.
 
-    Before anything is made, the module is held against the layer with its weights, in float64 and over every combination of
-    masks, bias and maps that the export has: a copy that does something else at dead rows is refused. Its own outputs on a
-    few inputs are stored in the bundle.
+    A whole model is given with samples of its inputs, ``inputs=[a, b]``. Every layer in it is found, held against the reference
+    with its weights, in float64 and over every combination of its optional inputs, and gives its place to its lowered form; the
+    graph is then held against the untouched model. The layer alone (the seed's, the published package's, or its transformer)
+    needs no samples; its own outputs on a few inputs are stored in the bundle.
 
     Args:
         module: the trained module; it is not changed.
         out: the bundle's directory, or a ``.bca`` archive.
-        heads: needed only where the module has no ``heads`` attribute.
-        recipe: a recipe file; its ``[layer]`` must agree with the module.
+        inputs: samples of a whole model, each a dict by forward's argument names or a tuple in order. Where two differ in size
+            an axis is dynamic; with one, say which are: ``axes={"video": ("batch", "video_len", None)}``. A mapping is the
+            recipe's table of the bare layer's inputs.
+        heads: of the bare layer; needed only where the module has no ``heads`` attribute.
+        recipe: a recipe file; its ``[layer]`` must agree with the bare layer.
         force: replace an existing bundle.
         keep_failed: leave what failed parity as ``<out>.failed``.
         progress: told about stages and cases.
-        **options: keys of a recipe, nested tables as dicts: ``opset=18, precision=["fp16"], inputs={"mask": False}``.
+        **options: keys of a recipe, nested tables as dicts: ``opset=18, precision=["fp16"], dims={"batch": (1, 4, 8)}``; of a
+            whole model also those of ``[model]``: ``axes``, ``masks``, ``ranges``, ``keep_literal``, ``allow_none``.
 
     Returns:
         The bundle, open.
@@ -59,14 +65,26 @@ def export(
     Raises:
         BcaError: see errors.py; nothing is left at ``out``.
     """
-    checkpoint = from_module(module, heads)
-    read = read_recipe(Path(recipe) if recipe else None, options)
-    choose(read.lowering, checkpoint.spec, read.interface)  # before the module is run, which may be impossible too
-    module = proof.unwrapped(module)
-    proof.check(module, checkpoint, read.interface)
-    expected = proof.sample_of(module, checkpoint, read.interface, read.ranges)
-    run(make_plan(read, checkpoint, Path(out), force, expected), progress or Silent(), keep_failed)
+    path = Path(recipe) if recipe else None
+    if inputs is None or isinstance(inputs, Mapping):
+        read = read_recipe(path, {**options, "inputs": inputs})
+        source: Source = _bare(module, heads, read)
+    else:
+        table = {name: options.pop(name) for name in list(options) if name in ModelTable.model_fields}
+        read = read_recipe(path, {**options, "model": {"allow_none": False, **table}})
+        source = read_model(module, inputs, read, progress or Silent())
+    run(make_plan(read, source, Path(out), force), progress or Silent(), keep_failed)
     return Bundle.open(out)
+
+
+def _bare(module: nn.Module, heads: int | None, recipe: Recipe) -> LayerSource:
+    """Return the layer that a module is, held against the reference, with a sample of its own outputs."""
+    checkpoint = from_module(module, heads)
+    choose(recipe.lowering, checkpoint.spec, recipe.interface)  # before the module is run, which may be impossible too
+    module = proof.unwrapped(module)
+    proof.check(module, checkpoint, recipe.interface)
+    expected = proof.sample_of(module, checkpoint, recipe.interface, recipe.ranges)
+    return layer_source(recipe, checkpoint, expected)
 
 
 def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verdict, ...]:
@@ -89,8 +107,9 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
     clock = Clock(progress)
     with staged(plan.out, plan.force) as directory:
         with clock.stage("weights"):
-            models.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
-        made = [models.make_model(plan, precision, runtime, directory, clock) for precision, runtime in _forms(plan)]
+            plan.source.write_files(directory)
+        forms = plan.source.forms(plan.recipe.precision)
+        made = [models.make_model(plan, precision, runtime, directory, clock) for precision, runtime in forms]
         manifest = models.finish(plan, made, directory, clock)
         try:
             models.refuse_failures([verdict for _, verdict in made])
@@ -100,17 +119,6 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
             engines.add(directory, manifest, plan.engine, clock)
         write_build(directory, {"seconds": clock.seconds})
     return tuple(verdict for _, verdict in made)
-
-
-def _forms(plan: Plan) -> list[tuple[Precision, Runtime]]:
-    """Return what to make: a portable model of each precision, then what one runtime alone can run."""
-    forms: list[tuple[Precision, Runtime]] = [(p, "portable") for p in dict.fromkeys(plan.recipe.precision)]
-    cpu: list[tuple[Precision, Runtime]] = [
-        (precision, "onnxruntime-cpu")
-        for precision, _ in forms
-        if has_cpu_form(plan.lowering, precision, plan.recipe.interface)
-    ]
-    return forms + cpu
 
 
 def _keep_failed(plan: Plan, directory: Path) -> str:

@@ -1,6 +1,6 @@
 """Decide everything before the work begins: what can be refused is refused here, and nothing is written."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import check_target
 from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
-from bca_deploy.errors import InputError
+from bca_deploy.errors import BundleError, InputError
+from bca_deploy.exporter.layer_source import LayerSource
 from bca_deploy.exporter.recipe import DimsTable, InputsTable, LayerTable, OutputsTable, Recipe
+from bca_deploy.exporter.source import Source
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.layers.lowered_model import choose
 from bca_deploy.layers.reference import build
 from bca_deploy.optional import onnxruntime
 from bca_deploy.parity import user_sample
-from bca_deploy.parity.yardstick import Yardstick
-from bca_deploy.signature import Signature
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Lowering, Precision, layer_signature
-from bca_deploy.tracing.graph import check_opset, check_precision
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Interface, LayerSpec
+from bca_deploy.tracing.graph import check_opset
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -32,34 +32,18 @@ class Plan:
     """Everything decided before the work begins.
 
     Attributes:
-        recipe: what to make.
-        checkpoint: the layer and its weights.
-        lowering: the form of the attention, chosen.
+        recipe: how to make it.
+        source: what to make it from.
         out: the directory or ``.bca`` archive.
         force: replace an existing bundle.
-        expected: the user's own inputs and outputs, from ``--expect`` or a live module.
         engine: what to compile after the models, where anything.
     """
 
     recipe: Recipe
-    checkpoint: Checkpoint
-    lowering: Lowering
+    source: Source
     out: Path
     force: bool = False
-    expected: Arrays = field(default_factory=dict)
     engine: EnginePlan | None = None
-    _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def signature(self) -> Signature:
-        """What every model takes and gives."""
-        return layer_signature(self.checkpoint.spec, self.recipe.interface, self.recipe.ranges)
-
-    def yardstick(self, precision: Precision) -> Yardstick:
-        """Return what every model of a precision is held against, made on first use."""
-        if precision not in self._yardsticks:
-            self._yardsticks[precision] = Yardstick(self.checkpoint, self.recipe.interface, precision)
-        return self._yardsticks[precision]
 
 
 def load_checkpoint(recipe: Recipe, path: Path | None, heads: int | None, prefix: str = "") -> Checkpoint:
@@ -91,43 +75,52 @@ def _check_agreement(layer: LayerTable, found: LayerSpec) -> None:
             raise InputError(f"layer.{name} is {asked!r} in the recipe and {has[name]!r} in the checkpoint; correct the recipe")
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, out: Path, force: bool = False, expected: Arrays | None = None) -> Plan:
+def layer_source(recipe: Recipe, checkpoint: Checkpoint, expected: Arrays | None = None) -> LayerSource:
+    """Return the bare layer as what an export is made from.
+
+    Raises:
+        LoweringError: the lowering is impossible for this layer.
+        InputError: a sample that does not fit.
+        ParityError: the sample is not what the layer computes.
+    """
+    lowering = choose(recipe.lowering, checkpoint.spec, recipe.interface)
+    if expected:
+        user_sample.fit(expected, checkpoint.spec, recipe.interface)
+        user_sample.check(expected, checkpoint)
+    return LayerSource(checkpoint, recipe.interface, recipe.ranges, lowering, expected or {})
+
+
+def make_plan(recipe: Recipe, source: Source, out: Path, force: bool = False) -> Plan:
     """Decide everything and refuse what cannot be done; writes nothing.
 
     Raises:
-        InputError: opset not on offer, or not for the precision, a sample that does not fit, or an engine that cannot be
-            built as asked.
-        LoweringError: the lowering is impossible for this layer.
+        InputError: opset not on offer, or not for the precision, or an engine that cannot be built as asked.
         BundleError: ``out`` may not be written.
-        ParityError: the sample is not what the layer computes.
         MissingDependencyError: onnxruntime is needed to judge the export and is not installed.
     """
     check_opset(recipe.opset)
     for precision in recipe.precision:
-        check_precision(precision, recipe.opset, checkpoint.spec)
-    lowering = choose(recipe.lowering, checkpoint.spec, recipe.interface)
+        source.check_precision(precision, recipe.opset)
     check_target(out, force)
     if set(recipe.precision) != {"bf16"}:
         onnxruntime()  # absent, it should not be missed only after the trace
-    if expected:
-        user_sample.fit(expected, checkpoint.spec, recipe.interface)
-        user_sample.check(expected, checkpoint)
     if recipe.engine is None:
         if recipe.profile:
             raise InputError("an optimization profile without an engine: give --engine rtx or --engine tensorrt as well")
-        return Plan(recipe, checkpoint, lowering, out, force, expected or {})
-    engine = engines.plan(recipe.engine, recipe.profile, recipe.ranges, recipe.precision)
-    check_precision(engine.precision, recipe.opset, checkpoint.spec)
+        return Plan(recipe, source, out, force)
+    engine = engines.plan(recipe.engine, recipe.profile, source.signature.dims, recipe.precision)
+    source.check_precision(engine.precision, recipe.opset)
     recipe = recipe.model_copy(update={"precision": tuple(dict.fromkeys((*recipe.precision, engine.precision)))})
-    return Plan(recipe, checkpoint, lowering, out, force, expected or {}, engine)
+    return Plan(recipe, source, out, force, engine)
 
 
-def reopen(bundle: Bundle) -> Plan:
-    """Return the plan that would make this bundle again, from its manifest and weights."""
+def recipe_of(bundle: Bundle) -> Recipe:
+    """Return the recipe that would make this bundle again."""
     manifest, first = bundle.manifest, bundle.manifest.models[0]
-    recipe = Recipe(
-        inputs=InputsTable(**{name: getattr(manifest.interface, name) for name in InputsTable.model_fields}),
-        outputs=OutputsTable(attention_maps=manifest.interface.attention_maps),
+    interface = manifest.interface or Interface()
+    return Recipe(
+        inputs=InputsTable(**{name: getattr(interface, name) for name in InputsTable.model_fields}),
+        outputs=OutputsTable(attention_maps=interface.attention_maps),
         dims=DimsTable(**manifest.signature.dims),
         opset=first.opset,
         precision=precisions(manifest),
@@ -135,11 +128,32 @@ def reopen(bundle: Bundle) -> Plan:
         parity=first.parity.scope,
         external_data_bytes=0 if first.external_data else EXTERNAL_DATA_BYTES,
     )
-    checkpoint = checkpoint_of(bundle)
+
+
+def source_of(bundle: Bundle) -> LayerSource:
+    """Return the layer that a bundle was made from, from its manifest and weights.
+
+    Raises:
+        BundleError: it holds a whole model, whose code it has not.
+    """
+    manifest = bundle.manifest
+    if manifest.interface is None:
+        raise BundleError(
+            f"{bundle.source} holds the whole model {manifest.source}, and not its code; export the model again with what you "
+            "need"
+        )
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
-    return Plan(recipe, checkpoint, first.lowering, bundle.directory, force=True, expected=expected)
+    lowering = manifest.layers[0].lowering
+    return LayerSource(checkpoint_of(bundle), manifest.interface, manifest.signature.dims, lowering, expected)
+
+
+def reopen(bundle: Bundle) -> Plan:
+    """Return the plan that would make this bundle again; errors as for :func:`source_of`."""
+    return Plan(recipe_of(bundle), source_of(bundle), bundle.directory, force=True)
 
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:
-    """Return a bundle's layer with its weights."""
-    return Checkpoint(bundle.manifest.layer, read(bundle.path(WEIGHTS_FILE)))
+    """Return a bundle's layer with its weights; errors as for :func:`source_of`."""
+    if bundle.manifest.layer is None:
+        source_of(bundle)  # raises
+    return Checkpoint(bundle.manifest.layers[0].spec, read(bundle.path(WEIGHTS_FILE)))

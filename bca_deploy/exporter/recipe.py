@@ -1,12 +1,12 @@
 """What to export, as data: a TOML recipe, overridden by flags. The defaults here are the documented default export."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bca_deploy.bundle.engine_options import EngineTable, _Table
 from bca_deploy.errors import InputError, nearest
@@ -63,12 +63,48 @@ class OutputsTable(_Table):
     attention_maps: bool = False
 
 
-class DimsTable(_Table):
-    """``[dims]``: the sizes that each dimension may take."""
+def _as_range(value: Any) -> Any:
+    """Take ``(1, 4, 8)`` for ``{"min": 1, "opt": 4, "max": 8}``."""
+    return (
+        dict(zip(("min", "opt", "max"), value, strict=True)) if isinstance(value, list | tuple) and len(value) == 3 else value
+    )
 
-    batch: DimRange = LAYER_DIMS["batch"]
-    x_len: DimRange = LAYER_DIMS["x_len"]
-    context_len: DimRange = LAYER_DIMS["context_len"]
+
+Range = Annotated[DimRange, BeforeValidator(_as_range)]
+
+
+class DimsTable(_Table):
+    """``[dims]``: the sizes that each dimension may take; a whole model has its own."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Range]
+
+    batch: Range = LAYER_DIMS["batch"]
+    x_len: Range = LAYER_DIMS["x_len"]
+    context_len: Range = LAYER_DIMS["context_len"]
+
+
+class ModelTable(_Table):
+    """``[model]``: a whole model, whose layers are found in it."""
+
+    factory: str | None = None
+    checkpoint: Path | None = None
+    prefix: str = ""
+    #: ``.npz`` files, arrays by the names of forward's arguments.
+    samples: tuple[Path, ...] = ()
+    #: Of an input, for each axis a name, a size, or 0 for the samples' own.
+    axes: dict[str, tuple[str | int | None, ...]] = Field(default_factory=dict)
+    #: Integer inputs that are masks, each with the dimension that it masks.
+    masks: dict[str, str] = Field(default_factory=dict)
+    #: Of integer inputs, the least and the largest value.
+    ranges: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    keep_literal: tuple[str, ...] = ()
+    allow_none: bool = False
+
+    @property
+    def given_axes(self) -> dict[str, tuple[str | int | None, ...]]:
+        """The axes, None where the samples say."""
+        return {name: tuple(axis or None for axis in axes) for name, axes in self.axes.items()}
 
 
 def _as_tuple(value: Any) -> Any:
@@ -80,6 +116,7 @@ class Recipe(_Table):
 
     description: str = ""
     layer: LayerTable = LayerTable()
+    model: ModelTable | None = None
     inputs: InputsTable = InputsTable()
     outputs: OutputsTable = OutputsTable()
     dims: DimsTable = DimsTable()
@@ -96,8 +133,13 @@ class Recipe(_Table):
 
     @property
     def ranges(self) -> Dims:
-        """The named dimensions."""
-        return Dims(dict(self.dims))
+        """The named dimensions of the layer."""
+        return Dims({name: getattr(self.dims, name) for name in DimsTable.model_fields})
+
+    @property
+    def given_ranges(self) -> dict[str, DimRange]:
+        """The ranges that were given, of any dimensions."""
+        return {name: getattr(self.dims, name) for name in self.dims.model_fields_set}
 
     @property
     def interface(self) -> Interface:
@@ -120,9 +162,23 @@ def read_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     """
     content = _read_toml(path) if path else {}
     try:
-        return Recipe.model_validate(_merge(content, overrides or {}))
+        recipe = Recipe.model_validate(_merge(content, overrides or {}))
     except ValidationError as error:
         raise InputError(f"{path or 'options'}: {'; '.join(_explain(e) for e in error.errors())}") from error
+    if problems := list(_problems(recipe)):
+        raise InputError(f"{path or 'options'}: {'; '.join(problems)}")
+    return recipe
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what belongs to the bare layer and not to a whole model, and the other way round."""
+    if recipe.model is None:
+        known = list(DimsTable.model_fields)
+        yield from (f"unknown key dims.{name}{nearest(name, known)}" for name in recipe.dims.model_extra or {})
+        return
+    for name in ("layer", "inputs", "outputs", "lowering"):
+        if name in recipe.model_fields_set:
+            yield f"{name} is about the bare layer, and this is a whole model; leave it out (keep_literal keeps a layer's form)"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -172,5 +228,6 @@ def _known(place: tuple[Any, ...]) -> list[str]:
         "outputs": OutputsTable,
         "dims": DimsTable,
         "engine": EngineTable,
+        "model": ModelTable,
     }
     return list(tables.get(place[0] if place else None, Recipe).model_fields)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bca_deploy.bundle.engine_options import EngineTable
-from bca_deploy.bundle.manifest import EXPECT_FILE, WEIGHTS_FILE, EngineEntry, Manifest, model_of
+from bca_deploy.bundle.manifest import EXPECT_FILE, EngineEntry, Manifest, ModelEntry, model_of
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import revised, write_build
 from bca_deploy.engines import build as engines
@@ -14,7 +14,8 @@ from bca_deploy.engines.builder_process import Request
 from bca_deploy.engines.compile import compile_engine
 from bca_deploy.errors import EngineError, InputError
 from bca_deploy.exporter import models
-from bca_deploy.exporter.plan import Plan, reopen
+from bca_deploy.exporter.layer_source import LayerSource
+from bca_deploy.exporter.plan import Plan, recipe_of, source_of
 from bca_deploy.layers.checkpoint import Checkpoint, load
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.parity import user_sample
@@ -52,11 +53,12 @@ def refit(
     """
     clock = Clock(progress or Silent())
     with revised(Path(bundle)) as (opened, directory):
-        plan = _plan(opened, load(Path(checkpoint), opened.manifest.layer.heads, prefix), sample, drop_sample)
+        layer = _layer(opened, Path(checkpoint), prefix, sample, drop_sample)
+        plan = Plan(recipe_of(opened), layer, opened.directory, force=True)
         plans = [(entry, _engine_plan(entry, opened.manifest)) for entry in opened.manifest.engines]
         (directory / EXPECT_FILE).unlink(missing_ok=True)
-        models.write_weights(plan.checkpoint, directory / WEIGHTS_FILE)
-        made = [models.refit_model(plan, model, directory, clock) for model in opened.manifest.models]
+        plan.source.write_files(directory)
+        made = [_refitted(plan, layer, model, directory, clock) for model in opened.manifest.models]
         manifest = models.finish(plan, made, directory, clock)
         models.refuse_failures(verdict for _, verdict in made)
         for entry, wanted in plans:
@@ -65,21 +67,28 @@ def refit(
     return tuple(verdict for _, verdict in made)
 
 
-def _plan(bundle: Bundle, new: Checkpoint, sample: str | Path | None, drop_sample: bool) -> Plan:
-    plan = reopen(bundle)
-    old = plan.checkpoint.spec
+def _refitted(plan: Plan, layer: LayerSource, model: ModelEntry, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:
+    path = directory / model.file
+    made = layer.refit(model.precision, model.runtime, path, plan.recipe, clock)
+    return models.model_entry(plan, model.precision, model.runtime, path, made), made.verdict
+
+
+def _layer(bundle: Bundle, path: Path, prefix: str, sample: str | Path | None, drop_sample: bool) -> LayerSource:
+    layer = source_of(bundle)
+    old = layer.checkpoint.spec
+    new = load(path, old.heads, prefix)
     new = Checkpoint(replace(new.spec, norm_eps=old.norm_eps), new.state)  # a file of weights does not say it
     if new.spec != old:
         raise InputError(f"the checkpoint holds another layer ({new.spec}) than the bundle ({old}); export it as a new bundle")
-    if plan.expected and sample is None and not drop_sample:
+    if layer.expected and sample is None and not drop_sample:
         raise InputError(
             f"the bundle keeps a sample of the old weights ({EXPECT_FILE}); give --expect with one of the new, or --drop-expect"
         )
     expected = user_sample.read(Path(sample)) if sample else {}
     if expected:
-        user_sample.fit(expected, new.spec, plan.recipe.interface)
+        user_sample.fit(expected, new.spec, layer.interface)
         user_sample.check(expected, new)
-    return replace(plan, checkpoint=new, expected=expected)
+    return layer.with_weights(new, expected)
 
 
 def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:

@@ -72,7 +72,7 @@ def from_state(
         prefix: as for :func:`load`.
         advice: what to do where the layers are further inside.
     """
-    layer = _select(_strip_wrappers(state), prefix, advice)
+    layer = _select(strip_wrappers(state), prefix, advice)
     _check_values(layer)
     spec = infer(layer, heads)
     _check_keys(layer, spec)
@@ -101,9 +101,7 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
     """
     _check_module(module)
     own: list[Any] = [m.heads for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
-    advice = (
-        "whole models are not exported yet: give the layer inside, as module.get_submodule(NAME without the dot) returns it"
-    )
+    advice = "to export the whole model give samples of its inputs, export(model, out, inputs=[a, b])"
     found = from_state(module.state_dict(), heads if heads is not None or not own else own[0], advice=advice)
     return Checkpoint(_with_eps(found.spec, module), found.state)
 
@@ -189,7 +187,7 @@ def _flatten(content: Any, path: Path) -> State:
     return tensors
 
 
-def _strip_wrappers(state: Mapping[str, Tensor]) -> State:
+def strip_wrappers(state: Mapping[str, Tensor]) -> State:
     """Drop what DataParallel (``module.`` in front) and torch.compile (``_orig_mod.`` anywhere) add to names."""
     compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while compiled and all(name.startswith("module.") for name in compiled):

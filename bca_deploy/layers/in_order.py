@@ -6,6 +6,7 @@ shape. Parity holds a model against the worst of PyTorch eager and these (see pa
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,7 +39,7 @@ class InOrder(TorchFunctionMode):
         replaced: dict[Callable[..., Any], Callable[..., Any]] = {
             functional.linear: self._linear,
             torch.conv2d: self._conv2d,
-            torch.einsum: self._einsum,
+            torch.einsum: self._any_einsum,
         }
         return replaced.get(func, func)(*args, **(kwargs or {}))
 
@@ -46,9 +47,23 @@ class InOrder(TorchFunctionMode):
         product = self._einsum("rk,ck->rc", x.reshape(-1, x.shape[-1]), weight, bias)
         return product.reshape(*x.shape[:-1], -1)
 
-    def _conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        """Mix the channels; the reference has kernels of one pixel alone (talking heads)."""
+    def _conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Mix the channels, as the layer's talking heads do; any other convolution is a model's own, and runs as it is."""
+        stride, padding = (*args, 1, 0)[:2] if len(args) != 1 else (args[0], 0)
+        plain = stride in (1, (1, 1)) and padding in (0, (0, 0)) and not kwargs
+        if not plain or weight.shape[2:] != (1, 1) or x.ndim != 4 or x.shape[1] != weight.shape[1]:
+            return torch.conv2d(x, weight, bias, *args, **kwargs)
         return self._einsum("bkhw,ck->bhwc", x, weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+    def _any_einsum(self, equation: str, *operands: Tensor) -> Tensor:
+        """Sum in order what has two operands and one axis to sum over, as the layer's have; others run as they are."""
+        match = re.fullmatch(r"([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]*)", equation.replace(" ", ""))
+        if not match or len(operands) != 2 or len(set(match[1]) | set(match[2])) != len(set(match[3])) + 1:
+            return torch.einsum(equation, *operands)
+        summed = set(match[1]) - set(match[3])
+        if len(summed) != 1 or not summed <= set(match[2]) or any(len(set(axes)) < len(axes) for axes in match.groups()):
+            return torch.einsum(equation, *operands)
+        return self._einsum(equation, *operands)
 
     def _einsum(self, equation: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``torch.einsum(equation, a, b) + bias``, the one axis that the result lacks summed in order."""

@@ -22,7 +22,7 @@ from bca_deploy.signature import Dims, Signature, Tensor
 Runtime = Literal["auto", "tensorrt", "onnxruntime"]
 
 #: What the front runs besides itself: the package's own rules, which need numpy alone.
-_CARRIED = ("errors.py", "signature.py", "session/__init__.py", "session/contract.py", "session/padding.py")
+_CARRIED = ("arithmetic.py", "errors.py", "signature.py", "session/__init__.py", "session/contract.py", "session/padding.py")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ rounding the weights does is reported beside it.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ Arrays = dict[str, Array]
 #: The strict evaluator is plain numpy: cases with more attention weights than this are left to onnxruntime.
 STRICT_WEIGHTS = 100_000
 _STRICT = "strict evaluator"
+
+#: A case of some matrix.
+AnyCase = TypeVar("AnyCase", bound=Hashable)
 
 #: From a model file, the subject's or a sharpened copy of it, to what runs it, by name.
 Runtimes = Callable[[Path], dict[str, Runner]]
@@ -96,23 +99,31 @@ def judge(
     limit = STRICT_WEIGHTS if subject.precision == "bf16" and runtimes is None else None
     cases = matrix(subject.checkpoint.spec, subject.interface, subject.dims, scope, limit)
     with contextlib.closing(_Bench(subject, yardstick, runtimes)) as bench:
-        results = list(_run_all(bench, cases, on_case or (lambda done, total: None)))
+        results = run_all(bench.run, cases, on_case or (lambda done, total: None))
     verdict = _verdict(subject, scope, results, bench.yardstick.weight_rounding())
     return verdict if runtimes is None else replace(verdict, notes=())  # the notes are about the CPU's runtimes
 
 
-def _run_all(bench: "_Bench", cases: list[Case], on_case: Callable[[int, int], None]) -> list[CaseResult]:
-    """Run the cases beside eager, and those in doubt once more beside more evaluations."""
-    found: dict[Case, list[CaseResult]] = {}
+def run_all(
+    run: Callable[[AnyCase, int], list[CaseResult]], cases: list[AnyCase], on_case: Callable[[int, int], None]
+) -> list[CaseResult]:
+    """Run the cases beside eager, and those in doubt once more beside more evaluations.
+
+    Args:
+        run: judges a case, beside eager and so many orders of sums.
+        cases: to be run.
+        on_case: as for :func:`judge`.
+    """
+    found: dict[AnyCase, list[CaseResult]] = {}
     done, again = 0, cases
     for orders in (0, 1, ORDERS):
         for at, case in enumerate(again, done + 1):
-            found[case] = bench.run(case, orders)
+            found[case] = run(case, orders)
             on_case(at, done + len(again))
         done += len(again)
         results = [result for results in found.values() for result in results]
         doubtful = in_doubt(results)
-        again = [case for case in cases if (case.family, case.sharpness) in doubtful]
+        again = [case for case in cases if any((r.family, r.sharpness) in doubtful for r in found[case])]
     return results
 
 
@@ -184,7 +195,7 @@ class _Bench:
     def __init__(self, subject: Subject, yardstick: Yardstick | None = None, runtimes: Runtimes | None = None) -> None:
         self.subject = subject
         self.yardstick = yardstick or Yardstick(subject.checkpoint, subject.interface, subject.precision)
-        self.runtimes = runtimes or _on_cpu(subject.precision)
+        self.runtimes = runtimes or on_cpu(subject.precision)
         self.alone = contextlib.ExitStack()
         self.alone.enter_context(one_thread())
         self.made: dict[Sharpness, dict[str, Runner]] = {}
@@ -203,7 +214,7 @@ class _Bench:
         small = _weights(inputs, subject.checkpoint.spec.heads) <= STRICT_WEIGHTS
         edges = at_edges(inputs, subject.precision, subject.keep_io_types)
         return [
-            trial.judge(name, family, sharpness, runtime, _outcome(runner, edges))
+            trial.judge(name, family, sharpness, runtime, outcome(runner, edges))
             for runtime, runner in self._runners(sharpness).items()
             if small or runtime != _STRICT or subject.precision == "bf16"
         ]
@@ -217,7 +228,9 @@ class _Bench:
         return self.made[sharpness]
 
 
-def _on_cpu(precision: Precision) -> Runtimes:
+def on_cpu(precision: Precision) -> Runtimes:
+    """Return what runs a model of this precision on the CPU."""
+
     def runtimes(path: Path) -> dict[str, Runner]:
         runners: dict[str, Runner] = {}
         if precision != "bf16":
@@ -229,7 +242,7 @@ def _on_cpu(precision: Precision) -> Runtimes:
     return runtimes
 
 
-def _outcome(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array] | str:
+def outcome(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array] | str:
     """Return the outputs, or why there are none: a runtime that fails on a case is a finding like any other."""
     try:
         return runner(inputs)
@@ -242,18 +255,15 @@ def _weights(inputs: Mapping[str, Array], heads: int) -> int:
 
 
 def _verdict(subject: Subject, scope: str, results: list[CaseResult], weight_rounding: float) -> Verdict:
+    return verdict_of(subject.path.stem, subject.precision, scope, results, weight_rounding)
+
+
+def verdict_of(model: str, precision: Precision, scope: str, results: list[CaseResult], weight_rounding: float) -> Verdict:
+    """Return the verdict on a model by its results; arguments as :class:`Verdict` has them."""
     found = tuple(results)
     groups = pool(found)
-    return Verdict(
-        subject.path.stem,
-        subject.precision,
-        scope,
-        found,
-        groups,
-        problems(found, groups),
-        weight_rounding,
-        (*_notes(subject), *_settled(groups)),
-    )
+    notes = (*_notes(precision), *_settled(groups))
+    return Verdict(model, precision, scope, found, groups, problems(found, groups), weight_rounding, notes)
 
 
 def _settled(groups: tuple[Group, ...]) -> Iterable[str]:
@@ -269,8 +279,8 @@ def _measure(orders: int) -> str:
     return "worse of eager and of products summed in order" if orders == 1 else f"worst of eager and of {orders} orders of sums"
 
 
-def _notes(subject: Subject) -> Iterable[str]:
-    if subject.precision == "bf16":
+def _notes(precision: Precision) -> Iterable[str]:
+    if precision == "bf16":
         yield "bf16 is judged by the strict evaluator only: onnxruntime has no bf16 MatMul on CPU"
-    if subject.precision != "fp32":
+    if precision != "fp32":
         yield f"the strict evaluator runs the cases of at most {STRICT_WEIGHTS} attention weights"

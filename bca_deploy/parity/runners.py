@@ -47,7 +47,7 @@ def ort_runner(path: Path) -> Runner:
 def at_edges(inputs: Mapping[str, Array], precision: Precision, keep_io_types: bool) -> dict[str, Array]:
     """Return the inputs with floats in the dtype that a model of this precision takes."""
     dtype = np.float32 if keep_io_types else NUMPY_DTYPES[precision]
-    return {name: a if a.dtype == bool else a.astype(dtype) for name, a in inputs.items()}
+    return {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in inputs.items()}
 
 
 def strict_runner_of(path: Path) -> Runner:

@@ -55,9 +55,8 @@ class Session:
         self._contract = Contract(backend.signature, backend.profiles)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()
-        self._many = many.Many(
-            backend, bundle.manifest.layer.inner_dim, self._workers, self._timed, self._executor, self._meter.pad
-        )
+        width = max((layer.spec.inner_dim for layer in bundle.manifest.layers), default=1)
+        self._many = many.Many(backend, width, self._workers, self._timed, self._executor, self._meter.pad)
         self._pool: ThreadPoolExecutor | None = None
         self._lock = ForkLock()
         self._closed = False

@@ -1,11 +1,13 @@
-"""The lowered module as an ONNX model: traced by torch.export, named, cleaned, checked and written.
+"""A module as an ONNX model: traced by torch.export, lowered to its opset, named, cleaned, checked and written.
 
 Ensures of every file it writes: exactly the opset asked for; inputs, outputs and dynamic dimensions named as in the signature;
 weights as initializers under the seed's names; no dead nodes and nothing of the machine it was made on; full onnx.checker.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -13,12 +15,15 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
+from torch import nn
 
 from bca_deploy.errors import ExportError, InputError, first_line
 from bca_deploy.layers.isolation import exporter_alone
 from bca_deploy.layers.lowered_model import LoweredModel
-from bca_deploy.signature import Axis, Signature, Tensor
+from bca_deploy.signature import Axis, Dims, Signature, Tensor
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Precision, Runtime
+from bca_deploy.tracing.opset import lower_to_17
+from bca_deploy.tracing.program import Program, export_program
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
@@ -26,6 +31,11 @@ OPSETS = range(17, 28)
 # Sizes to trace with: all different and none 0 or 1, so that torch.export specialises on nothing by accident.
 _TRACE_SIZES = (3, 6, 5, 7, 9, 10, 11, 13)
 
+
+# What torch's exporter builds, whatever it is asked for.
+_EXPORTERS_OPSET = 18
+# In front of the names of weights: what the module to be traced is wrapped in, and what stands in a layer's place.
+_WRAPPERS = re.compile(r"\Amodel\.|(\A|(?<=\.))lowered\.core\.|\Acore\.")
 
 # The first opset whose Conv takes bfloat16; https://onnx.ai/onnx/operators/onnx__Conv.html
 _CONV_BF16 = 22
@@ -56,6 +66,25 @@ def check_precision(precision: Precision, opset: int, spec: LayerSpec) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Traceable:
+    """A module to be traced.
+
+    Attributes:
+        module: in eval mode.
+        inputs: an example by the names of forward's arguments; no dimension has size 1, no two the same.
+        axes: of each input.
+        dims: the sizes that each named dimension may have.
+        outputs: the names of what comes out, in order.
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, torch.Tensor]
+    axes: Mapping[str, tuple[Axis, ...]]
+    dims: Dims
+    outputs: tuple[str, ...]
+
+
 def trace(
     model: LoweredModel,
     signature: Signature,
@@ -79,11 +108,32 @@ def trace(
         InputError: the opset is not on offer.
         ExportError: the exporter failed, or gave another opset, other names or other dynamic dimensions.
     """
-    exported = _run_exporter(_stand_in(model), signature, check_opset(opset))
-    _tidy(exported, metadata or {})
+    sizes = dict(zip(signature.dims, _TRACE_SIZES, strict=False))
+    inputs = {tensor.name: _example(tensor, sizes, model.edge) for tensor in signature.inputs}
+    axes, names = {t.name: t.axes for t in signature.inputs}, tuple(t.name for t in signature.outputs)
+    exported, _ = convert(Traceable(_stand_in(model), inputs, axes, signature.dims, names), opset, metadata, runtime)
     attach(exported, model.core.state_dict())
-    _check(exported, signature, opset, _DOMAINS[runtime])
+    _check_outputs(exported, signature)
     return exported
+
+
+def convert(
+    traceable: Traceable, opset: int, metadata: Mapping[str, str] | None = None, runtime: Runtime = "portable"
+) -> tuple[ir.Model, Program]:
+    """Trace any module into an ONNX model held in memory; arguments and errors as for :func:`trace`.
+
+    Returns:
+        The model, and what it was made from.
+    """
+    program, exported = _run_exporter(traceable, check_opset(opset))
+    if opset < _EXPORTERS_OPSET:
+        lower_to_17(exported)
+    _name_dimensions(exported, program.symbols)
+    for value, axes in zip(exported.graph.outputs, program.outputs, strict=True):
+        value.shape = ir.Shape(axes)
+    _tidy(exported, metadata or {})
+    _check(exported, traceable, opset, _DOMAINS[runtime])
+    return exported, program
 
 
 def attach(model: ir.Model, weights: Mapping[str, torch.Tensor]) -> None:
@@ -130,31 +180,43 @@ def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_
         raise ExportError(f"the written model {path.name} does not pass onnx.checker: {error}; please report this") from error
 
 
-def _run_exporter(model: LoweredModel, signature: Signature, opset: int) -> ir.Model:
-    sizes = dict(zip(signature.dims, _TRACE_SIZES, strict=False))
-    kwargs = {tensor.name: _example(tensor, sizes, model.edge) for tensor in signature.inputs}
-    dynamic = {t.name: {i: axis for i, axis in enumerate(t.axes) if isinstance(axis, str)} for t in signature.inputs}
-    # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
+def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
+    """Run torch's exporter. It builds at opset 18: asked for 17 it may keep 18 without a word."""
     with exporter_alone():
-        import torch._dynamo.config as settings  # here: importing it changes the process
-
+        program = export_program(traceable.module, traceable.inputs, traceable.axes, traceable.dims)
         try:
-            with settings.patch(fake_tensor_cache_enabled=False):
-                program = torch.onnx.export(
-                    model,
-                    kwargs=kwargs,
-                    dynamo=True,
-                    opset_version=opset,
-                    dynamic_shapes=dynamic,
-                    input_names=list(kwargs),
-                    output_names=[tensor.name for tensor in signature.outputs],
-                    optimize=True,
-                    verbose=False,  # else it prints
-                )
+            made = torch.onnx.export(
+                program.exported,
+                dynamo=True,
+                opset_version=max(opset, _EXPORTERS_OPSET),
+                input_names=list(traceable.inputs),
+                output_names=list(traceable.outputs),
+                optimize=True,
+                verbose=False,  # else it prints
+            )
         except Exception as error:  # the exporter raises what it likes; the cause is chained
-            raise ExportError(f"torch.onnx.export failed: {first_line(error)}; run with -v to see its log") from error
-    assert program is not None  # noqa: S101  (dynamo=True always returns a program)
-    return program.model
+            raise ExportError(f"torch.onnx.export failed: {_cause(error)}; run with -v to see its log") from error
+    assert made is not None  # noqa: S101  (dynamo=True always returns a program)
+    passes.InlinePass()(made.model)
+    return program, made.model
+
+
+def _cause(error: BaseException) -> str:
+    """Return what the innermost error says: the exporter's own begin with a page about reports."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}" if isinstance(error, Exception) else repr(error)
+
+
+def _name_dimensions(model: ir.Model, symbols: Mapping[str, str]) -> None:
+    """Give dimensions their declared names in place of torch's."""
+    for value in _values(model.graph):
+        if value.shape is not None and not value.shape.frozen:
+            value.shape = ir.Shape([dim if isinstance(dim, int) else _named(dim.value, symbols) for dim in value.shape])
+
+
+def _named(dim: str | None, symbols: Mapping[str, str]) -> str | None:
+    return dim and re.sub(r"\bs\d+\b", lambda match: symbols.get(match[0], match[0]), dim)
 
 
 def _example(tensor: Tensor, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
@@ -164,10 +226,9 @@ def _example(tensor: Tensor, sizes: Mapping[str, int], dtype: torch.dtype) -> to
 def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:
     """Name the weights, drop dead nodes, and drop what differs from machine to machine (stack traces hold paths)."""
     _fix_reshapes(model.graph)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
+    remove_dead(model)
     _name_initializers(model.graph)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
     for value in _values(model.graph):
@@ -178,6 +239,13 @@ def _tidy(model: ir.Model, metadata: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version = "bca-deploy", None
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
+
+
+def remove_dead(model: ir.Model) -> None:
+    """Drop what no output needs."""
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    passes.RemoveUnusedOpsetsPass()(model)
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:
@@ -194,8 +262,15 @@ def _copied_sizes(source: ir.Value | None, result: ir.Value) -> list[int] | None
     if source is None or source.shape is None or result.shape is None:
         return None
     before = [*source.shape, *[None] * len(result.shape)]
-    sizes = [dim if isinstance(dim, int) else 0 if dim == old else None for dim, old in zip(result.shape, before, strict=False)]
-    return None if None in sizes else [size for size in sizes if size is not None]
+    sizes = [
+        dim if isinstance(dim, int) else 0 if _same(dim, old) else None for dim, old in zip(result.shape, before, strict=False)
+    ]
+    return None if None in sizes or 0 in result.shape else [size for size in sizes if size is not None]
+
+
+def _same(dim: ir.SymbolicDim, other: object) -> bool:
+    """Whether two sizes have one name; two that have none may be anything."""
+    return isinstance(other, ir.SymbolicDim) and dim.value is not None and dim.value == other.value
 
 
 def _shape_constant(graph: ir.Graph, sizes: list[int]) -> ir.Value:
@@ -211,31 +286,38 @@ def _shape_constant(graph: ir.Graph, sizes: list[int]) -> ir.Value:
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
     yield from graph.initializers.values()
-    for node in graph:
+    for node in graph.all_nodes():
         yield from node.outputs
 
 
 def _name_initializers(graph: ir.Graph) -> None:
-    """``core.to_qk.weight`` becomes ``to_qk.weight``; the name of the wrapper is no business of the file's."""
-    for name in [name for name in graph.initializers if name.startswith("core.")]:
-        value = graph.initializers.pop(name)
-        value.name = name.removeprefix("core.")
-        graph.register_initializer(value)
+    """``core.to_qk.weight`` becomes ``to_qk.weight``: the names of wrappers and stand-ins are no business of the file's."""
+    for name in list(graph.initializers):
+        plain = _WRAPPERS.sub("", name)
+        if plain != name and plain not in graph.initializers:
+            value = graph.initializers.pop(name)
+            value.name = plain
+            graph.register_initializer(value)
 
 
-def _check(model: ir.Model, signature: Signature, opset: int, domains: set[str]) -> None:
+def _check(model: ir.Model, traceable: Traceable, opset: int, domains: set[str]) -> None:
     found = model.opset_imports.get("")
     if found != opset:
         raise ExportError(f"asked for opset {opset}, but the exporter gave opset {found} without an error; please report this")
     if not set(model.opset_imports) <= domains or model.functions:
         raise ExportError(f"the graph needs more than it may: {sorted(model.opset_imports)}; please report this")
-    for kind, values, tensors in (
-        ("input", model.graph.inputs, signature.inputs),
-        ("output", model.graph.outputs, signature.outputs),
-    ):
-        got, wanted = {value.name: _axes(value) for value in values}, {tensor.name: tensor.axes for tensor in tensors}
-        if got != wanted:
-            raise ExportError(f"the {kind}s are {got}, wanted {wanted}; please report this")
+    got = {value.name: _axes(value) for value in model.graph.inputs}
+    if got != dict(traceable.axes):
+        raise ExportError(f"the inputs are {got}, wanted {dict(traceable.axes)}; please report this")
+    names = tuple(value.name for value in model.graph.outputs)
+    if names != traceable.outputs:
+        raise ExportError(f"the outputs are {names}, wanted {traceable.outputs}; please report this")
+
+
+def _check_outputs(model: ir.Model, signature: Signature) -> None:
+    got, wanted = {v.name: _axes(v) for v in model.graph.outputs}, {t.name: t.axes for t in signature.outputs}
+    if got != wanted:
+        raise ExportError(f"the outputs are {got}, wanted {wanted}; please report this")
 
 
 def _axes(value: ir.Value) -> tuple[Axis, ...]:

@@ -22,7 +22,7 @@ from bca_deploy.parity import user_sample
 from bca_deploy.parity.cases import Case, make_inputs
 from bca_deploy.parity.truth import live_rows, run_module, true_outputs
 from bca_deploy.signature import Dims
-from bca_deploy.spec import INPUT_NAMES, NORM_EPS, Interface
+from bca_deploy.spec import INPUT_NAMES, NORM_EPS, Bias, Interface, LayerSpec
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -57,6 +57,14 @@ class Call:
     def __call__(self, module: nn.Module, **given: Any) -> Any:
         """Call the module with what is given by the layer's names."""
         return module(**{self.arguments[name]: value for name, value in given.items()})
+
+    def given(self, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return by the layer's names what a call of ``forward`` was given."""
+        bound = forward.bind(*args, **kwargs).arguments
+        rest = [name for name, parameter in forward.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+        everything = {**bound, **bound.get(rest[0], {})} if rest else bound
+        roles = {argument: name for name, argument in self.arguments.items()}
+        return {roles[name]: value for name, value in everything.items() if name in roles}
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def prove(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Pr
     """
     call = call_of(module)
     _check_takes(call, interface)
-    theirs = _pinned(copy.deepcopy(module).cpu().double().eval())
+    theirs = pinned(copy.deepcopy(module).cpu().double().eval())
     wide = checkpoint.spec.inner_dim * max(checkpoint.spec.dim, checkpoint.spec.context_dim) > _WIDE
     with contextlib.nullcontext() if wide else one_thread(), torch.no_grad():  # threads of small products wait for each other
         return _proof(call, theirs, checkpoint, interface)
@@ -144,8 +152,11 @@ def _proof(call: Call, theirs: nn.Module, checkpoint: Checkpoint, interface: Int
     return Proof(cases, worst, tuple(differences))
 
 
-def check(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> None:
+def check(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Proof:
     """Refuse a module that is another function than the layer with its weights.
+
+    Returns:
+        The proof that it is not.
 
     Raises:
         ParityError: with the first case in which it differs.
@@ -158,6 +169,15 @@ def check(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> No
             f"the module has the weights of this layer and computes something else ({found}); look at what its forward does "
             "with masks, fills and scale, at hooks, and at heads"
         )
+    return proof
+
+
+def takes(call: Call, spec: LayerSpec) -> Interface:
+    """Return everything optional that a module takes and gives."""
+    bare = spec.depth is None  # the transformer, as published, has neither a bias nor maps
+    bias: Bias = "shared" if bare and "rel_pos_bias" in call.arguments else "none"
+    masks = ("mask" in call.arguments, "context_mask" in call.arguments)
+    return Interface(*masks, bias, attention_maps=bare and "return_attn" in call.arguments)
 
 
 def _check_takes(call: Call, interface: Interface) -> None:
@@ -170,7 +190,7 @@ def _check_takes(call: Call, interface: Interface) -> None:
         )
 
 
-def _pinned(module: nn.Module) -> nn.Module:
+def pinned(module: nn.Module) -> nn.Module:
     """Give norms without an epsilon float32's, as the reference does: it would be float64's here."""
     for norm in module.modules():
         if isinstance(norm, nn.RMSNorm) and norm.eps is None:

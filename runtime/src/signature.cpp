@@ -4,6 +4,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "arithmetic.hpp"
 #include "text.hpp"
 
 namespace bca {
@@ -18,6 +19,22 @@ void add_names(const std::vector<TensorInfo>& tensors, bool only_required, std::
   }
 }
 
+bool has(const Dims& dims, const std::string& name) {
+  return std::any_of(dims.begin(), dims.end(), [&](const auto& dim) { return dim.first == name; });
+}
+
+/// Those that the axes of outputs depend on. Throws InputError for an axis that is neither a dimension nor an expression.
+void add_output_names(const Signature& signature, std::set<std::string>& names) {
+  for (const TensorInfo& tensor : signature.outputs) {
+    for (const Axis& axis : tensor.axes) {
+      const auto* text = std::get_if<std::string>(&axis);
+      if (!text) continue;
+      if (has(signature.dims, *text)) names.insert(*text);
+      else names.merge(arithmetic::names_in(*text));
+    }
+  }
+}
+
 std::string name_used_twice(const Signature& signature) {
   std::set<std::string> seen;
   for (const auto* tensors : {&signature.inputs, &signature.outputs}) {
@@ -28,16 +45,18 @@ std::string name_used_twice(const Signature& signature) {
   return "";
 }
 
-bool is_mask(const Signature& signature, const std::string& name, const std::string& dim) {
-  std::vector<Axis> axes;
-  if (!signature.batch.empty()) axes.emplace_back(signature.batch);
-  axes.emplace_back(dim);
-  const auto found = [&](const TensorInfo& input) { return input.name == name && input.dtype == DType::Bool && input.axes == axes; };
-  return dim != signature.batch && std::any_of(signature.inputs.begin(), signature.inputs.end(), found);
-}
+bool can_mask(DType dtype) { return dtype == DType::Bool || dtype == DType::Int32 || dtype == DType::Int64; }
 
-bool has(const Dims& dims, const std::string& name) {
-  return std::any_of(dims.begin(), dims.end(), [&](const auto& dim) { return dim.first == name; });
+/// What is wrong with a mask of a dimension; empty where it is one.
+std::string fault_of_mask(const Signature& signature, const std::string& name, const std::string& dim) {
+  std::vector<std::string> over;
+  if (!signature.batch.empty()) over.push_back(signature.batch);
+  over.push_back(dim);
+  const std::vector<Axis> axes(over.begin(), over.end());
+  const auto found = [&](const TensorInfo& input) { return input.name == name && can_mask(input.dtype) && input.axes == axes; };
+  if (dim != signature.batch && std::any_of(signature.inputs.begin(), signature.inputs.end(), found)) return "";
+  std::transform(over.begin(), over.end(), over.begin(), text::quoted);
+  return name + " cannot mask " + dim + "; a mask is a bool or integer input over [" + text::join(over) + "]";
 }
 
 }  // namespace
@@ -54,7 +73,11 @@ std::string fault_of(const Signature& signature) {
   std::set<std::string> known, used;
   add_names(signature.inputs, true, known);
   add_names(signature.inputs, false, used);
-  add_names(signature.outputs, false, used);
+  try {
+    add_output_names(signature, used);
+  } catch (const InputError& error) {
+    return error.what();
+  }
   for (const auto& [name, range] : signature.dims) used.insert(name);
   if (!signature.batch.empty()) used.insert(signature.batch);
   for (const std::string& name : used) {
@@ -63,7 +86,7 @@ std::string fault_of(const Signature& signature) {
     }
   }
   for (const auto& [dim, name] : signature.masks) {
-    if (!is_mask(signature, name, dim)) return name + " cannot mask " + dim + "; a mask is a bool input over the batch and the dimension";
+    if (std::string fault = fault_of_mask(signature, name, dim); !fault.empty()) return fault;
   }
   return "";
 }
@@ -106,11 +129,14 @@ Sizes named(const Dims& dims, const Shape& shape) {
 }
 
 Shape shape_at(const std::vector<Axis>& axes, const Sizes& sizes) {
+  const auto size_of_axis = [&](const Axis& axis) {
+    if (const auto* fixed = std::get_if<std::int64_t>(&axis)) return *fixed;
+    const auto& text = std::get<std::string>(axis);
+    const auto known = sizes.find(text);
+    return known != sizes.end() ? known->second : arithmetic::value_of(text, sizes);
+  };
   Shape shape;
-  for (const Axis& axis : axes) {
-    const auto* name = std::get_if<std::string>(&axis);
-    shape.push_back(name ? sizes.at(*name) : std::get<std::int64_t>(axis));
-  }
+  for (const Axis& axis : axes) shape.push_back(size_of_axis(axis));
   return shape;
 }
 

@@ -8,8 +8,8 @@ namespace bca {
 /// Of each named dimension.
 using Sizes = std::map<std::string, std::int64_t>;
 
-/// What is wrong with it: two tensors of one name, a dimension that no input which must be given has, a mask that is none.
-/// Empty where it is right.
+/// What is wrong with it: two tensors of one name, a dimension that no input which must be given has, an axis of an output that
+/// is no size, a mask that is none. Empty where it is right.
 std::string fault_of(const Signature& signature);
 
 /// The same with this element type in place of float32.
@@ -25,7 +25,7 @@ bool holds(const DimRange& range, std::int64_t size);
 /// The sizes by name of a shape that has one for each dimension, in order. Throws InputError for one too many or too few.
 Sizes named(const Dims& dims, const Shape& shape);
 
-/// The shape that named axes have at these sizes.
+/// The shape that axes have at these sizes. Throws InputError where an output's expression has no value there.
 Shape shape_at(const std::vector<Axis>& axes, const Sizes& sizes);
 
 }  // namespace bca

@@ -90,6 +90,53 @@ TEST(Session, OutputsThatDoNotFitAreRefused) {
   EXPECT_HAS(refused({{"out", out}, {"context_out", {static_cast<float*>(nullptr), {2, 3, 6}}}}), "at null");
 }
 
+/// The fixture, whose `out` has another axis than x_len.
+void set_axis_of_out(const support::BundleCopy& copy, const std::string& axis) {
+  const std::string out = "\"name\": \"out\",\n        \"dtype\": \"float32\",\n        \"axes\": [\n          \"batch\",\n          \"";
+  copy.replace(out + "x_len", out + axis);
+}
+
+TEST(Session, AnOutputMayHaveASizeThatFollowsFromOthers) {
+  const support::BundleCopy copy;
+  set_axis_of_out(copy, "min(context_len, 1) * (2 * x_len - 1) // 2 + 1");
+  const Session session = Session::open(copy.path, on_cpu()), plain = Session::open(support::kFixture, on_cpu());
+  const Pair pair(2, 5, 3, 1);
+  const auto wanted = plain.run(pair.inputs());
+  EXPECT_TRUE(support::near(session.run(pair.inputs()).at("out"), wanted.at("out")));
+  bca::Tensor out(bca::DType::Float32, {2, 5, 8}), context_out(bca::DType::Float32, {2, 3, 6}), small(bca::DType::Float32, {2, 4, 8});
+  session.run_into(pair.inputs(), {{"out", out}, {"context_out", context_out}});
+  EXPECT_TRUE(support::near(out, wanted.at("out")));
+  EXPECT_EQ(message_of<bca::InputError>([&] { session.run_into(pair.inputs(), {{"out", small}, {"context_out", context_out}}); }),
+            "output out is [2, 4, 8] float32; a writable, C-contiguous array of [2, 5, 8] float32 is needed");
+  EXPECT_HAS(session.describe(), "min(context_len, 1) * (2 * x_len - 1) // 2 + 1");
+}
+
+TEST(Session, AnOutputThatHasNoSizeIsRefusedInCToo) {
+  const support::BundleCopy copy;
+  set_axis_of_out(copy, "x_len // (x_len - 5)");
+  const Session session = Session::open(copy.path, on_cpu());
+  const Pair pair(1, 5, 3, 1);
+  const std::string message = "'x_len // (x_len - 5)' divides by 0 at x_len 5; give other sizes";
+  EXPECT_EQ(message_of<bca::InputError>([&] { session.run(pair.inputs()); }), message);
+  bca_session* opened = nullptr;
+  ASSERT_EQ(bca_open(copy.path.c_str(), nullptr, &opened), BCA_OK) << bca_last_error();
+  const bca_tensor given[] = {{"x", const_cast<float*>(pair.x.data<float>()), pair.x.shape().data(), 3, BCA_FLOAT32, BCA_CPU},
+                              {"context", const_cast<float*>(pair.context.data<float>()), pair.context.shape().data(), 3, BCA_FLOAT32, BCA_CPU}};
+  float out[40], context_out[18];
+  const std::int64_t out_shape[] = {1, 5, 8}, context_shape[] = {1, 3, 6};
+  const bca_tensor outputs[] = {{"out", out, out_shape, 3, BCA_FLOAT32, BCA_CPU}, {"context_out", context_out, context_shape, 3, BCA_FLOAT32, BCA_CPU}};
+  EXPECT_EQ(bca_run(opened, given, 2, outputs, 2, nullptr), BCA_INPUT_ERROR);
+  EXPECT_EQ(bca_last_error(), message);
+  bca_close(opened);
+}
+
+TEST(Session, AnOutputOfAnotherSizeThanTheModelMakesIsAnEngineError) {
+  const support::BundleCopy copy;
+  set_axis_of_out(copy, "x_len + 1");
+  const Session session = Session::open(copy.path, on_cpu());
+  EXPECT_HAS(message_of<bca::EngineError>([&] { session.run(Pair(1, 5, 3, 1).inputs()); }), "onnxruntime");
+}
+
 TEST(Session, GpuMemoryAndStreamsAreRefusedOnTheCpu) {
   const Session session = Session::open(support::kFixture, on_cpu());
   const Pair pair(1, 2, 2, 1);

@@ -121,7 +121,7 @@ def test_one_file_holds_every_target(fusable: Path) -> None:
         model, engine = bundle.path(entry.model), bundle.path(entry.file)
         assert [path.name for path in engine.parent.iterdir()] == ["rtx-fp16.engine"]
         # The kernels of six GPU generations, and the weights once: never six times.
-        fp16_weights = 2 * sum(tensor.numel() for tensor in plan.reopen(bundle).checkpoint.state.values())
+        fp16_weights = 2 * sum(tensor.numel() for tensor in plan.source_of(bundle).checkpoint.state.values())
         assert engine.stat().st_size <= 1.05 * fp16_weights + 2_600_000
         assert sha256(model) == entry.model_sha256
 

@@ -42,7 +42,7 @@ struct RunOptions {
   void* stream = nullptr;                // a cudaStream_t, for the engine backends; see Session::run_into
 };
 
-/// An axis: a fixed size, or the name of a dimension in Dims.
+/// An axis: a fixed size, the name of a dimension in Dims, or of an output what follows from them, such as "height * width".
 using Axis = std::variant<std::int64_t, std::string>;
 
 struct TensorInfo {
@@ -69,7 +69,7 @@ struct Signature {
   std::vector<TensorInfo> inputs, outputs;
   Dims dims;
   std::string batch;                           // the dimension along which entries are apart; empty: there is none
-  std::map<std::string, std::string> masks;    // for each dimension that may be padded, the bool input that is false at padding
+  std::map<std::string, std::string> masks;    // for each dimension that may be padded, the bool or integer input that is 0 at padding
 };
 
 struct Explanation {

@@ -1,0 +1,276 @@
+"""A whole model as what an export is made from: its layers found, proven and swapped, its truth by running it."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bca_deploy.bundle.manifest import LayerEntry, ModelLowering, ProofEntry
+from bca_deploy.errors import InputError
+from bca_deploy.exporter.recipe import ModelTable, Recipe
+from bca_deploy.exporter.source import Made, package_version
+from bca_deploy.layers.lowered_model import DTYPES
+from bca_deploy.progress import Clock, Progress
+from bca_deploy.signature import Dims, DType, Signature, Tensor
+from bca_deploy.spec import Interface, Precision, Runtime
+from bca_deploy.tracing.graph import Traceable, convert, remove_dead, write
+from bca_deploy.tracing.half import widen
+from bca_deploy.tracing.program import Program
+from bca_deploy.whole.axes import axes_of, ranges_of
+from bca_deploy.whole.find import Found, find
+from bca_deploy.whole.samples import Sample, cast, named_outputs, named_sample, rooted
+from bca_deploy.whole.swap import Use, plain_copy, swap, uses_of
+from bca_deploy.whole_parity import judge
+from bca_deploy.whole_parity.cases import Case, cases_of, inputs_of
+from bca_deploy.whole_parity.draws import PATTERNS, Draws, draws_of
+from bca_deploy.whole_parity.evaluate import Evaluator
+from bca_deploy.whole_parity.traits import Laboratory
+from bca_deploy.whole_parity.yardstick import Yardstick, refuse_random
+
+Arrays = dict[str, NDArray[Any]]
+
+# Sizes to trace with.
+_SIZES = (3, 6, 5, 7, 9, 10, 11, 13, 17, 19, 21, 23)
+# Graphs that draw numbers never give the same twice.
+_RANDOM = ("Random", "Bernoulli", "Multinomial")
+# Cases kept in the bundle beside the user's own.
+_KEPT_SEED = 1_000
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A whole model.
+
+    Attributes:
+        name: of its class.
+        subject: the model, its layers and its inputs.
+        samples: the user's.
+        signature: what it takes and gives.
+        guessed: the dimensions whose ranges nobody gave.
+    """
+
+    name: str
+    subject: "Subject"
+    samples: tuple[Sample, ...]
+    signature: Signature
+    guessed: tuple[str, ...]
+    _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _traced: "dict[int, ir.Model]" = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def layers(self) -> tuple[LayerEntry, ...]:
+        """The layers that were lowered."""
+        return tuple(_layer_entry(found, self.subject.uses[found.path]) for found in self.subject.founds)
+
+    @property
+    def interface(self) -> Interface | None:
+        """None: the bare layer's alone."""
+        return None
+
+    @property
+    def lowering(self) -> ModelLowering:
+        """The form of the attention in the graphs."""
+        found = {layer.lowering for layer in self.layers}
+        return "none" if not found else "mixed" if len(found) > 1 else found.pop()
+
+    @property
+    def adaptable(self) -> bool:
+        """Its code is not in the bundle."""
+        return False
+
+    def check_precision(self, precision: Precision, opset: int) -> None:
+        """Whether the opset takes the precision shows in the trace."""
+
+    def forms(self, precisions: Iterable[Precision]) -> list[tuple[Precision, Runtime]]:
+        """Return what to make: a portable model of each precision, and in float32 what onnxruntime alone can run."""
+        found: list[tuple[Precision, Runtime]] = [(precision, "portable") for precision in dict.fromkeys(precisions)]
+        fast = any(self.subject.uses[each.path].has_cpu_form(each) for each in self.subject.founds)
+        return [*found, ("fp32", "onnxruntime-cpu")] if fast and ("fp32", "portable") in found else found
+
+    def make(self, precision: Precision, runtime: Runtime, path: Path, recipe: Recipe, clock: Clock) -> Made:
+        """Swap, trace, write and judge one model; errors as :func:`bca_deploy.tracing.graph.convert`."""
+        with tempfile.TemporaryDirectory(prefix="bca-tapped-") as scratch:
+            tapped = Path(scratch) / path.name
+            with clock.stage(f"trace {path.stem}"):
+                model = self._graph(precision, runtime, recipe)
+                write(model, tapped, recipe.external_data_bytes)
+                _cut(model, len(self.signature.outputs))
+                write(model, path, recipe.external_data_bytes)
+            with clock.stage(f"parity {path.stem}"):
+                subject = judge.Subject(path, tapped, precision, recipe.keep_io_types)
+                cases = cases_of(self.subject.draws, self.signature, self.samples, recipe.parity)
+                arrays = {case: inputs_of(case, self.subject.draws, self.samples, precision) for case in cases}
+                yardstick = self._yardstick(precision)
+                verdict = judge.judge(subject, yardstick, arrays, recipe.parity, clock.progress.steps)
+        return Made(len(model.graph), verdict)
+
+    def _graph(self, precision: Precision, runtime: Runtime, recipe: Recipe) -> ir.Model:
+        first = self._traced.pop(recipe.opset, None) if (precision, runtime) == ("fp32", "portable") else None
+        model = first or self.subject.graph(precision, runtime, recipe)[0]
+        model.metadata_props.update(self._metadata(precision))
+        return model
+
+    def _yardstick(self, precision: Precision) -> Yardstick:
+        if precision not in self._yardsticks:
+            self._yardsticks[precision] = Yardstick(self.subject.model, self.subject.founds, precision)
+        return self._yardsticks[precision]
+
+    def _metadata(self, precision: Precision) -> dict[str, str]:
+        return {
+            "producer": f"bca-deploy {package_version('bca-deploy')}",
+            "model": self.name,
+            "layers": json.dumps({layer.path: layer.lowering for layer in self.layers}, sort_keys=True),
+            "precision": precision,
+        }
+
+    def selftest(self, precisions: Sequence[Precision]) -> Arrays:
+        """Return the user's samples and a case of each pattern of masks, with their truth: enough to prove the models later."""
+        arrays: Arrays = {}
+        for precision in precisions:
+            for case in self._kept():
+                arrays |= self._one(precision, case)
+        return arrays
+
+    def _kept(self) -> list[Case]:
+        sizes = tuple(_distinct(self.signature.dims).items())
+        patterns = PATTERNS if self.subject.draws.masks else PATTERNS[:1]
+        drawn = [Case(pattern, sizes, pattern, _KEPT_SEED) for pattern in patterns]
+        return [*(Case(f"sample {number + 1}", sample=number) for number in range(len(self.samples))), *drawn]
+
+    def _one(self, precision: Precision, case: Case) -> Arrays:
+        inputs = inputs_of(case, self.subject.draws, self.samples, precision)
+        truth, bounds = self._yardstick(precision).truth_and_bounds(inputs)
+        if not all(np.isfinite(array.astype(np.float64)).all() for array in truth.values()):
+            return {}  # PyTorch itself gives NaN
+        place = f"{precision}/{case.name.replace(' ', '-')}"
+        found = {f"{place}/input/{name}": array for name, array in inputs.items()}
+        found |= {f"{place}/output/{name}": array.astype(np.float64) for name, array in truth.items()}
+        return found | {f"{place}/bound/{name}": np.array(bound) for name, bound in bounds.items()}
+
+    def write_files(self, directory: Path) -> None:
+        """Nothing: the weights are in the models."""
+
+
+def _layer_entry(found: Found, use: Use) -> LayerEntry:
+    proof = ProofEntry(cases=found.proof.cases, worst=found.proof.worst)
+    return LayerEntry(path=found.path, spec=found.checkpoint.spec, lowering=use.lowering(found), calls=use.calls, proof=proof)
+
+
+def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress: Progress) -> ModelSource:
+    """Find out everything about a whole model that an export needs; nothing is written, and the model is not changed.
+
+    Args:
+        model: any module.
+        given: samples, each a dict by forward's argument names or a tuple in order.
+        recipe: gives opset, the ranges of dimensions, and in ``[model]`` what the user says of the inputs.
+        progress: told about stages.
+
+    Raises:
+        InputError: samples or what is said of them do not fit, or the model is random.
+        CheckpointError: it holds no layer, or one that cannot be taken.
+        ParityError: a layer does something else than its weights say.
+        ExportError: it cannot be traced for all of its dimensions' sizes, or has no form in the opset.
+    """
+    if not given:
+        raise InputError("a whole model needs samples of its inputs; give two of different sizes")
+    table = recipe.model or ModelTable()
+    progress.stage("find and prove")
+    plain = plain_copy(model)
+    samples = tuple(named_sample(plain, each) for each in given)
+    axes = axes_of(samples, table.given_axes)
+    dims, guessed = ranges_of(samples, axes, recipe.given_ranges)
+    tensors = tuple(Tensor(name, _dtype(t), axes[name]) for name, t in samples[0].items())
+    draws = draws_of(samples, tensors, table.masks, table.ranges)
+    refuse_random(Evaluator(plain, (), torch.float32), {name: t.numpy() for name, t in samples[0].items()})
+    founds = find(plain, table.keep_literal, table.allow_none)
+    uses = uses_of(plain, founds, samples[0])
+    progress.stage("trace")
+    outputs = _outputs(plain, samples[0])
+    subject = Subject(plain, founds, uses, draws, dims, tuple(outputs))
+    graph, program = subject.graph("fp32", "portable", recipe)
+    kinds = zip(outputs.items(), program.outputs, strict=False)  # those of layers come after
+    signature = Signature(tensors, tuple(Tensor(name, kind, shape) for (name, kind), shape in kinds), dims)
+    refined = Laboratory(plain, Evaluator(plain, (), torch.float64), draws).refine(signature)
+    return ModelSource(type(model).__name__, subject, samples, refined, guessed, _traced={recipe.opset: graph})
+
+
+def _dtype(tensor: torch.Tensor) -> DType:
+    name: DType = str(tensor.dtype).removeprefix("torch.")  # type: ignore[assignment]
+    return name
+
+
+def _outputs(model: nn.Module, sample: Sample) -> dict[str, DType]:
+    """Return the element types of the outputs by name; none has an input's name."""
+    with torch.no_grad():
+        found = named_outputs(model(**{name: t.clone() for name, t in sample.items()}))
+    if not found:
+        raise InputError("the model gives no tensor with the first sample; a graph has outputs that are tensors")
+    return {f"{name}_out" if name in sample else name: _dtype(t) for name, t in found.items()}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with everything that a trace of it needs.
+
+    Attributes:
+        model: a plain copy.
+        founds: its layers.
+        uses: how it uses them, by path.
+        draws: of its inputs.
+        dims: the sizes of its dimensions.
+        outputs: names.
+    """
+
+    model: nn.Module
+    founds: tuple[Found, ...]
+    uses: Mapping[str, Use]
+    draws: Draws
+    dims: Dims
+    outputs: tuple[str, ...]
+
+    def graph(self, precision: Precision, runtime: Runtime, recipe: Recipe) -> tuple[ir.Model, Program]:
+        """Return the graph of the swapped model with its layers' outputs after its own, and what it was made from."""
+        swapped, inside = swap(self.model, self.founds, self.uses, precision, runtime), DTYPES[precision]
+        edge = torch.float32 if recipe.keep_io_types else inside
+        axes = {tensor.name: tensor.axes for tensor in self.draws.tensors}
+        root = rooted(swapped.model, list(axes), swapped.taps.tensors, inside, edge)
+        arrays = self.draws.inputs(_distinct(self.dims), "padded", 0, precision)
+        inputs = {name: cast(torch.from_numpy(array), edge) for name, array in arrays.items()}
+        with torch.no_grad():
+            root(**{name: t.clone() for name, t in inputs.items()})
+        swapped.check_called()
+        names = (*self.outputs, *swapped.taps.tensors)
+        graph, program = convert(Traceable(root, inputs, axes, self.dims, names), recipe.opset, runtime=runtime)
+        _refuse_random_nodes(graph)
+        if precision != "fp32":
+            widen(graph)
+        return graph, program
+
+
+def _distinct(dims: Dims) -> dict[str, int]:
+    """Return a size of each dimension, none of them 1 and no two alike where the ranges allow it."""
+    found: dict[str, int] = {}
+    for name, allowed in dims.items():
+        choices = (n for n in _SIZES if allowed.min <= n <= allowed.max and n > 1)
+        found[name] = next((n for n in choices if n not in found.values()), allowed.max)
+    return found
+
+
+def _refuse_random_nodes(graph: ir.Model) -> None:
+    for node in graph.graph.all_nodes():
+        if node.op_type.startswith(_RANDOM):
+            raise InputError(f"the graph draws random numbers ({node.op_type}); a model to be exported draws none in eval mode")
+
+
+def _cut(model: ir.Model, outputs: int) -> None:
+    """Leave the model's own outputs alone."""
+    del model.graph.outputs[outputs:]
+    remove_dead(model)

@@ -1,0 +1,111 @@
+"""A whole model from the command line: made by the user's own code, its weights from a checkpoint. Runs that code."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
+from bca_deploy.layers.checkpoint import read, strip_wrappers
+
+_SHOWN = 6
+
+
+def make(place: str) -> nn.Module:
+    """Return the module that a factory makes, or that stands there.
+
+    Args:
+        place: ``pkg.module:factory`` or ``path/to/file.py:factory``; a factory is called without arguments.
+
+    Raises:
+        InputError: it is written otherwise, cannot be imported, raises, or makes no module.
+    """
+    where, colon, name = place.rpartition(":")
+    if not (colon and where and name):
+        raise InputError(f"--model {place!r}: give pkg.module:factory, or path/to/file.py:factory")
+    code = _imported(where)
+    if not hasattr(code, name):
+        raise InputError(f"--model {place}: {where} has no {name}{nearest(name, vars(code))}")
+    found = getattr(code, name)
+    if not isinstance(found, nn.Module):
+        found = _called(place, found)
+    if not isinstance(found, nn.Module):
+        raise InputError(f"--model {place}: it gives a {type(found).__name__}; a torch.nn.Module is needed")
+    return found
+
+
+def _imported(where: str) -> ModuleType:
+    try:
+        return _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except InputError:
+        raise
+    except Exception as error:  # the user's code raises what it likes
+        raise InputError(f"--model: {where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"--model: {path} does not exist or is not a file; check the path")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # noqa: S101  (a .py file always has one)
+    assert spec.loader is not None  # noqa: S101
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
+    # What stands beside the file is its own to import, as when Python runs it.
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _called(place: str, factory: Any) -> Any:
+    if not callable(factory):
+        raise InputError(f"--model {place}: it is a {type(factory).__name__}; give a function without arguments, or a module")
+    try:
+        return factory()
+    except Exception as error:
+        raise InputError(
+            f"--model {place}: calling it without arguments raised {type(error).__name__}: {first_line(error)}; a factory "
+            "takes none"
+        ) from error
+
+
+def load_into(model: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load a checkpoint into a model, every key of it.
+
+    Args:
+        model: takes the weights.
+        path: ``.pt``, ``.pth`` (tensors only) or ``.safetensors``.
+        prefix: where the model is inside a bigger state dict.
+
+    Raises:
+        CheckpointError: it cannot be read, lacks a key, has one too many, or another shape.
+    """
+    state = strip_wrappers(read(path))
+    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    inside = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+    problems = _problems(model.state_dict(), inside)
+    if problems:
+        raise CheckpointError(
+            f"{path} is not of this {type(model).__name__}: {'; '.join(problems)}; check --model and --prefix"
+        )
+    model.load_state_dict(inside)
+
+
+def _problems(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
+    absent, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    found = [f"missing key {name}{nearest(name, unknown)}" for name in absent[:_SHOWN]]
+    found += [f"unknown key {name}" for name in unknown[:_SHOWN]]
+    found += [
+        f"{name} has shape {list(given[name].shape)}, needs {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and given[name].shape != tensor.shape
+    ][:_SHOWN]
+    more = len(absent) + len(unknown) - len(found)
+    return [*found, f"and {more} more"] if more > 0 else found

@@ -1,0 +1,109 @@
+"""Every bidirectional cross-attention inside a model: found by its parameters, accepted by what it does."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from bca_deploy.errors import CheckpointError, InputError, ParityError, first_line, nearest
+from bca_deploy.layers.checkpoint import Checkpoint, from_module
+from bca_deploy.whole.proof import Call, Proof, call_of, check, takes
+
+# What a layer has directly below it, and a transformer in its first block.
+_WEIGHTS = ("to_qk", "context_to_qk", "to_v", "context_to_v", "to_out", "context_to_out")
+_FIRST_BLOCK = "layers.0.0."
+_LOOKED_FOR = "a module with to_qk, context_to_qk, to_v, context_to_v, to_out and context_to_out, or a transformer of such"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer of a model.
+
+    Attributes:
+        path: its name in the model; empty where the model is the layer.
+        checkpoint: its specification and weights.
+        call: how its forward is called.
+        proof: that it is the function that its weights say.
+    """
+
+    path: str
+    checkpoint: Checkpoint
+    call: Call
+    proof: Proof
+
+
+def find(model: nn.Module, keep_literal: Sequence[str] = (), allow_none: bool = False) -> tuple[Found, ...]:
+    """Return the layers of a model, each proven; the model is not changed.
+
+    Args:
+        model: any module.
+        keep_literal: paths of candidates to leave as they are.
+        allow_none: accept a model without any.
+
+    Raises:
+        CheckpointError: there is none; or what looks like one is another, is parametrised or quantised.
+        ParityError: what looks like one does something else; with the first case.
+        InputError: a path of ``keep_literal`` leads to no candidate.
+    """
+    paths = list(_candidates(model))
+    for path in keep_literal:
+        if path not in paths:
+            raise InputError(
+                f"--keep-literal {path}: no layer is there{nearest(path, paths)}; found: {', '.join(paths) or 'none'}"
+            )
+    found = tuple(_proven(model, path) for path in paths if path not in keep_literal)
+    if not paths and not allow_none:
+        raise CheckpointError(
+            f"no bidirectional cross-attention in this {type(model).__name__}: looked for {_LOOKED_FOR}; --allow-none exports "
+            "the model as it is"
+        )
+    return found
+
+
+def _candidates(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of the outermost modules that have the parameters of a layer or of a transformer, each object once."""
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(outer == "" or path.startswith(f"{outer}.") for outer in inside) or not _looks_right(path, module):
+            continue
+        inside.append(path)
+        yield path
+
+
+def _looks_right(path: str, module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if set(_WEIGHTS) <= set(children):
+        _check_plain(path, module)
+        return True
+    names = {name for name, _ in module.named_parameters()}
+    return {f"{_FIRST_BLOCK}{name}.weight" for name in _WEIGHTS} <= names
+
+
+def _check_plain(path: str, module: nn.Module) -> None:
+    has = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    for name in _WEIGHTS:
+        if f"{name}.weight" not in has:
+            kind = type(module.get_submodule(name)).__name__
+            raise CheckpointError(
+                f"{_shown(path)}.{name} is a {kind} without a plain weight, parametrised, quantised or adapted; merge it first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, or merge_and_unload of an adapter), or keep the layer as "
+                f"it is: --keep-literal {path}"
+            )
+
+
+def _proven(model: nn.Module, path: str) -> Found:
+    module = model.get_submodule(path)
+    way_out = f"; --keep-literal {path} exports it as it is" if path else ""
+    try:
+        checkpoint, call = from_module(module), call_of(module)
+        interface = takes(call, checkpoint.spec)
+        proof = check(module, checkpoint, interface)
+    except ParityError as error:
+        raise ParityError(f"{_shown(path)}: {error}{way_out}") from None
+    except (CheckpointError, InputError) as error:
+        raise CheckpointError(f"{_shown(path)} looks like the layer and is not: {first_line(error)}{way_out}") from error
+    return Found(path, checkpoint, call, proof)
+
+
+def _shown(path: str) -> str:
+    return path or "the model"

@@ -1,0 +1,217 @@
+"""A copy of the model in which every proven layer has given its place to its lowered form, called just as it was."""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bca_deploy.errors import ExportError
+from bca_deploy.layers.lowered_model import DTYPES, LoweredModel, lower
+from bca_deploy.spec import INPUT_NAMES, MASK_NAMES, OUTPUT_NAMES, Lowering, Precision, Runtime
+from bca_deploy.whole.find import Found
+from bca_deploy.whole.proof import pinned, unwrapped
+from bca_deploy.whole.samples import Sample, named_outputs
+
+
+@dataclass
+class Taps:
+    """What the stand-ins gave, in the order of their calls, while a model ran.
+
+    Attributes:
+        tensors: by name: path, number of the call, output.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, path: str, outputs: Sequence[Tensor]) -> None:
+        """Keep the outputs of one call."""
+        number = sum(name.startswith(f"{path}/") for name in self.tensors) // 2
+        self.tensors |= {tap_name(path, number, name): t for name, t in zip(OUTPUT_NAMES, outputs[:2], strict=False)}
+
+
+def tap_name(path: str, number: int, output: str) -> str:
+    """Return the name of an output of a layer's call."""
+    return f"{path}/{number}/{output}"
+
+
+class StandIn(nn.Module):
+    """What takes a layer's place: the same call, in its own argument names, and the same results."""
+
+    def __init__(self, found: Found, original: nn.Module, lowered: LoweredModel, taps: Taps) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self._signature = inspect.signature(original.forward)
+        self._path, self._spec, self._call, self._taps = found.path, found.checkpoint.spec, found.call, taps
+        # In a list: it is no submodule, so that its weights are not in the file. What reads them from outside finds them.
+        self.__dict__["_original"] = [original]
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the original has, where this has none."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Run as the original does."""
+        given = self._call.given(self._signature, args, kwargs)
+        tensors = {name: _like(name, given[name], self.lowered.edge) for name in INPUT_NAMES if given.get(name) is not None}
+        out, context_out, *maps = self.lowered(**tensors)
+        self._taps.add(self._path, (out, context_out))
+        if not given.get("return_attn") or self._spec.depth is not None:  # the transformer ignores it
+            return out, context_out
+        return (out, context_out, *(maps or self._no_maps(tensors)))
+
+    def _no_maps(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return maps of the right shape for a caller who drops them."""
+        x, context = tensors["x"], tensors["context"]
+        maps = x.new_zeros(x.shape[0], self._spec.heads, x.shape[1], context.shape[1])
+        return maps, maps
+
+
+def _like(name: str, value: Tensor, edge: torch.dtype) -> Tensor:
+    """Return masks as they are, and the rest in the layer's dtype; autocast may have made it another."""
+    return value if value.dtype == torch.bool else value.to(edge)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A model ready to be traced.
+
+    Attributes:
+        model: the copy, in eval mode.
+        taps: what its stand-ins gave in the latest run.
+        paths: of its layers.
+    """
+
+    model: nn.Module
+    taps: Taps
+    paths: tuple[str, ...]
+
+    def check_called(self) -> None:
+        """Refuse a layer that the model did not call when it ran.
+
+        Raises:
+            ExportError: naming it: what runs in its place is not what was proven.
+        """
+        called = {name.rsplit("/", 2)[0] for name in self.taps.tensors}
+        silent = [path for path in self.paths if path not in called]
+        if silent:
+            raise ExportError(
+                f"{silent[0] or 'the model'} was found and proven, and forward never called it with these samples; give "
+                f"samples that use it, take it out, or leave it as it is: --keep-literal {silent[0]}"
+            )
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy on the CPU, in eval mode and float32, without the wrappers that go on calling what they wrapped."""
+    copied = unwrapped(copy.deepcopy(unwrapped(model)))
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if (inner := unwrapped(child)) is not child:
+                setattr(parent, name, inner)
+    return pinned(copied.cpu().float().eval())
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model uses one of its layers.
+
+    Attributes:
+        calls: how often one run calls it.
+        masked: whether any call gives it a mask.
+        biased: whether any call gives it a bias.
+        maps: whether its attention maps show in the model's outputs; only the literal form has them.
+    """
+
+    calls: int
+    masked: bool
+    biased: bool
+    maps: bool
+
+    def lowering(self, found: Found) -> Lowering:
+        """Return the form that the layer takes."""
+        return "reference" if self.maps or found.checkpoint.spec.talking_heads else "fused"
+
+    def has_cpu_form(self, found: Found) -> bool:
+        """Whether there is a second form for onnxruntime on CPU: fused, without a bias."""
+        return self.lowering(found) == "fused" and not self.biased
+
+
+def swap(model: nn.Module, founds: Sequence[Found], uses: Mapping[str, Use], precision: Precision, runtime: Runtime) -> Swapped:
+    """Return a copy of the model with its layers lowered.
+
+    Args:
+        model: from :func:`plain_copy`.
+        founds: its layers.
+        uses: of each, by path, from :func:`uses_of`.
+        precision: of weights and activations, the rest of the model's too.
+        runtime: as for :func:`bca_deploy.layers.lowered_model.lower`.
+    """
+    copied, taps = copy.deepcopy(model).to(DTYPES[precision]), Taps()
+    for found in founds:
+        original = copied.get_submodule(found.path)
+        stand_in = StandIn(found, original, _lowered(found, uses[found.path], precision, runtime), taps).eval()
+        copied = stand_in if not found.path else _replaced(copied, original, stand_in)
+    return Swapped(copied, taps, tuple(found.path for found in founds))
+
+
+def _lowered(found: Found, use: Use, precision: Precision, runtime: Runtime) -> LoweredModel:
+    form = runtime if use.has_cpu_form(found) else "portable"
+    lowering = use.lowering(found)
+    return lower(found.checkpoint, lowering, precision, False, use.maps, form, use.masked)
+
+
+def _replaced(model: nn.Module, original: nn.Module, stand_in: nn.Module) -> nn.Module:
+    """Put the stand-in wherever the original is: one object may have two names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is original:
+                setattr(parent, name, stand_in)
+    return model
+
+
+def uses_of(model: nn.Module, founds: Sequence[Found], sample: Sample) -> dict[str, Use]:
+    """Return how the model uses each of its layers in one run; the model is as it was afterwards.
+
+    Whether attention maps show in the outputs is tried: NaN is put in their place.
+    """
+    with torch.no_grad():
+        before = named_outputs(model(**_cloned(sample)))
+        return {found.path: _use(model, found, sample, before) for found in founds}
+
+
+def _use(model: nn.Module, found: Found, sample: Sample, before: Mapping[str, Tensor]) -> Use:
+    layer, given = model.get_submodule(found.path), list[dict[str, Any]]()
+    forward = inspect.signature(layer.forward)
+
+    def watch(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
+        given.append(found.call.given(forward, args, kwargs))
+        maps = tuple(torch.full_like(t, torch.nan) for t in outputs[2:])
+        return (*outputs[:2], *maps) if maps else outputs
+
+    handle = layer.register_forward_hook(watch, with_kwargs=True)
+    try:
+        after = named_outputs(model(**_cloned(sample)))
+    finally:
+        handle.remove()
+    masked = any(call.get(name) is not None for call in given for name in MASK_NAMES)
+    biased = any(call.get("rel_pos_bias") is not None for call in given)
+    return Use(len(given), masked, biased, not all(_same(before[name], t) for name, t in after.items()))
+
+
+def _cloned(sample: Sample) -> Sample:
+    """A model may work in place."""
+    return {name: tensor.clone() for name, tensor in sample.items()}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.shape == other.shape
+        and torch.equal(one.isnan(), other.isnan())
+        and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+    )

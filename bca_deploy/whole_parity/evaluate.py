@@ -1,0 +1,189 @@
+"""A model run in PyTorch at any precision, its layers' calls watched: the float64 truth, and what stands beside it."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bca_deploy.errors import InputError, first_line
+from bca_deploy.layers.in_order import InOrder
+from bca_deploy.parity.truth import live_rows, true_outputs
+from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Interface
+from bca_deploy.whole.find import Found
+from bca_deploy.whole.samples import named_outputs
+from bca_deploy.whole.swap import tap_name
+
+Arrays = dict[str, NDArray[Any]]
+
+_SMALL = {torch.float32, torch.float16, torch.bfloat16}
+_CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
+
+
+class AllDouble(TorchFunctionMode):
+    """While this is on, a model that casts by itself stays in float64: casts go there, and new tensors begin there."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Turn what asks for a smaller float into float64; everything else runs as it is."""
+        if func in _CASTS:
+            return args[0].double()
+        result = func(*map(_wide, args), **{name: _wide(value) for name, value in (kwargs or {}).items()})
+        # Made of no tensor, as torch.zeros(3) is: nothing in the call says that it is to be wide.
+        made = isinstance(result, Tensor) and result.dtype in _SMALL and not any(isinstance(arg, Tensor) for arg in args)
+        return result.double() if made else result
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _SMALL else value
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer.
+
+    Attributes:
+        path: of the layer.
+        given: tensors by the layer's names.
+        outputs: both, by name.
+    """
+
+    path: str
+    given: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    def arrays(self) -> Arrays:
+        """Return the inputs as the parity of the bare layer takes them: masks over all positions."""
+        x, context = self.given["x"], self.given["context"]
+        full = {"mask": x.shape[:2], "context_mask": context.shape[:2]}
+        return {name: (t.expand(full[name]) if name in full else t).numpy() for name, t in self.given.items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of some inputs.
+
+    Attributes:
+        outputs: its own, by name; floats as float64.
+        calls: of its layers, in order.
+    """
+
+    outputs: Arrays
+    calls: tuple[LayerCall, ...]
+
+    def with_taps(self) -> Arrays:
+        """Return the outputs, and those of each call of a layer by their names as taps."""
+        found, counts = dict(self.outputs), dict[str, int]()
+        for call in self.calls:
+            number = counts[call.path] = counts.get(call.path, -1) + 1
+            found |= {tap_name(call.path, number, name): _array(t) for name, t in call.outputs.items()}
+        return found
+
+
+class Evaluator:
+    """A copy of a model at one precision.
+
+    Args:
+        model: from :func:`bca_deploy.whole.swap.plain_copy`, its weights rounded.
+        founds: its layers.
+        dtype: what it runs in.
+    """
+
+    def __init__(self, model: nn.Module, founds: Sequence[Found], dtype: torch.dtype) -> None:
+        self._model, self._dtype = copy.deepcopy(model).to(dtype), dtype
+        self._calls: list[LayerCall] = []
+        for found in founds:
+            layer = self._model.get_submodule(found.path)
+            layer.register_forward_hook(self._watch(found, layer), with_kwargs=True)
+        # PyTorch's fast path of an encoder gives NaN where an item is all padding; only its slow one can have gradients.
+        slow = any(isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention) for module in self._model.modules())
+        self._gradients = torch.enable_grad if slow else torch.no_grad
+
+    def run_as_usual(self, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
+        """Run the model without gradients, as users do: an encoder then takes PyTorch's fast path."""
+        return self._run(inputs, None, torch.no_grad) if self._gradients is torch.enable_grad else self.run(inputs)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], order: int | None = None) -> Evaluation:
+        """Run the model.
+
+        Args:
+            inputs: by forward's argument names.
+            order: None for PyTorch eager, else that of :class:`bca_deploy.layers.in_order.InOrder`.
+
+        Raises:
+            InputError: PyTorch itself refuses these inputs.
+        """
+        return self._run(inputs, order, self._gradients)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], order: int | None, gradients: Callable[[], Any]) -> Evaluation:
+        self._calls.clear()
+        tensors = {name: self._tensor(array) for name, array in inputs.items()}
+        try:
+            with gradients(), self._mode(order):
+                outputs = named_outputs(self._model(**tensors))
+        except Exception as error:  # a user's model raises what it likes
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+            raise InputError(
+                f"the model itself refuses {shapes} in {str(self._dtype).removeprefix('torch.')}: {type(error).__name__}: "
+                f"{first_line(error)}; declare dims that it takes, or mend it"
+            ) from error
+        return Evaluation({name: _array(t) for name, t in outputs.items()}, tuple(self._calls))
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.array(array))  # a copy: models may work in place
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    @contextlib.contextmanager
+    def _mode(self, order: int | None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._dtype == torch.float64:
+                stack.enter_context(AllDouble())
+            if order is not None:
+                stack.enter_context(InOrder(order))
+            yield
+
+    def _watch(self, found: Found, layer: nn.Module) -> Callable[..., None]:
+        forward = inspect.signature(layer.forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+            given = found.call.given(forward, args, kwargs)
+            tensors = {name: given[name].detach().clone() for name in INPUT_NAMES if isinstance(given.get(name), Tensor)}
+            results = {name: t.detach().clone() for name, t in zip(OUTPUT_NAMES, outputs[:2], strict=False)}
+            self._calls.append(LayerCall(found.path, tensors, results))
+
+        return hook
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    tensor = tensor.detach()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+
+
+def live_of(evaluation: Evaluation) -> Arrays:
+    """Return for every output and every tap where its rows are live: the model's own everywhere."""
+    found: Arrays = {name: np.ones(a.shape, dtype=bool) for name, a in evaluation.outputs.items()}
+    counts = dict[str, int]()
+    for call in evaluation.calls:
+        number = counts[call.path] = counts.get(call.path, -1) + 1
+        outputs = {name: _array(t) for name, t in call.outputs.items()}
+        found |= {tap_name(call.path, number, name): live for name, live in live_rows(call.arrays(), outputs).items()}
+    return found
+
+
+def largest_logit(evaluation: Evaluation, layers: Mapping[str, nn.Module]) -> float:
+    """Return the largest live |logit| that carries weight in any call; ``layers`` are float64 references by path."""
+    found = [0.0]
+    for call in evaluation.calls:
+        interface = Interface(
+            "mask" in call.given, "context_mask" in call.given, "batch" if "rel_pos_bias" in call.given else "none"
+        )
+        found.append(true_outputs(layers[call.path], call.arrays(), interface)[1])
+    return max(found)

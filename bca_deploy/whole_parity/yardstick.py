@@ -1,0 +1,107 @@
+"""What every graph of one precision is held against: the model in float64, and what PyTorch makes of it beside that."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bca_deploy.errors import InputError
+from bca_deploy.layers.lowered_model import DTYPES
+from bca_deploy.parity.trial import ROUNDOFF_FACTOR, Trial, allowed_error
+from bca_deploy.parity.truth import ORDERS
+from bca_deploy.spec import UNIT_ROUNDOFF, Precision
+from bca_deploy.whole.find import Found
+from bca_deploy.whole_parity.evaluate import Evaluation, Evaluator, largest_logit, live_of
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What one output is held against.
+
+    Attributes:
+        trial: its truth and what PyTorch makes of it, 0 where PyTorch gives no number.
+        defined: where it gives one.
+    """
+
+    trial: Trial
+    defined: NDArray[Any]
+
+    def shown(self, output: NDArray[Any]) -> NDArray[Any]:
+        """Return an output as the trial takes it: where PyTorch gives no number, it need not either."""
+        flat = _flat(output)
+        return np.where(self.defined, flat, 0) if flat.shape == self.defined.shape else flat
+
+
+def _hearing(name: str, true: NDArray[Any], peers: Sequence[Arrays], live: NDArray[Any], slack: float) -> Hearing:
+    *judged, usual = peers
+    defined = _flat(np.isfinite(true.astype(np.float64)) & ~np.isnan(usual[name].astype(np.float64)))
+    shown = [{name: np.where(defined, _flat(a).astype(np.float64), 0.0)} for a in (true, *(peer[name] for peer in judged))]
+    return Hearing(Trial(shown[0], shown[1:], {name: _flat(live)}, slack), defined)
+
+
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    return np.atleast_1d(array)
+
+
+class Yardstick:
+    """What every graph of one precision is held against.
+
+    Args:
+        model: from :func:`bca_deploy.whole.swap.plain_copy`.
+        founds: its layers.
+        precision: of the graphs.
+    """
+
+    def __init__(self, model: nn.Module, founds: Sequence[Found], precision: Precision) -> None:
+        dtype = DTYPES[precision]
+        rounded = copy.deepcopy(model).to(dtype)
+        self.precision = precision
+        self._exact = Evaluator(rounded.to(torch.float64), founds, torch.float64)
+        self._rounded = Evaluator(rounded.to(dtype), founds, dtype)
+        self._layers = {found.path: found.checkpoint.module(torch.float64) for found in founds}
+        self._widest = max((tensor[0].numel() for tensor in model.state_dict().values() if tensor.ndim > 1), default=1)
+
+    def hearings(self, inputs: Arrays, orders: int) -> dict[str, Hearing]:
+        """Return for every output and every tap what it is held against."""
+        truth = self._exact.run(inputs)
+        peers = [self._rounded.run(inputs), *(self._rounded.run(inputs, order) for order in range(orders))]
+        peers.append(self._rounded.run_as_usual(inputs))
+        live, slack = live_of(truth), self._slack(truth)
+        taps = [peer.with_taps() for peer in peers]
+        return {name: _hearing(name, true, taps, live[name], slack) for name, true in truth.with_taps().items()}
+
+    def truth_and_bounds(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
+        """Return the float64 outputs, and the largest error that the per-case rule allows for each."""
+        own, hearings = self._exact.run(inputs).outputs, self.hearings(inputs, ORDERS)
+        return own, {name: _bound(name, hearings[name].trial) for name in own}
+
+    def _slack(self, truth: Evaluation) -> float:
+        """As :func:`bca_deploy.parity.trial.roundoff_slack`, with the model's widest product."""
+        logits = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[self.precision] * (1 + largest_logit(truth, self._layers))
+        return logits + UNIT_ROUNDOFF["fp32"] * float(np.sqrt(self._widest / 6))
+
+
+def _bound(name: str, trial: Trial) -> float:
+    return allowed_error([peer[name] - trial.truth[name] for peer in trial.peers], trial.truth[name], trial.slack)
+
+
+def refuse_random(evaluator: Evaluator, inputs: Arrays) -> None:
+    """Refuse a model that gives something else the second time.
+
+    Raises:
+        InputError: naming the output.
+    """
+    once, again = evaluator.run(inputs).outputs, evaluator.run(inputs).outputs
+    for name, array in once.items():
+        if not np.array_equal(array, again[name], equal_nan=array.dtype.kind == "f"):
+            raise InputError(
+                f"output {name} is not the same when the model runs twice on one input: it draws random numbers, or keeps "
+                "state from call to call; in eval mode a model to be exported does neither"
+            )
