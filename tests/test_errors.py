@@ -39,7 +39,7 @@ def test_a_runtime_that_fails_without_a_word_is_a_finding_like_any_other() -> No
     def fails(inputs: Any) -> Any:
         raise WordlessError
 
-    assert rule._outcome(fails, {}) == "failed to run: WordlessError()"
+    assert rule.outcome(fails, {}) == "failed to run: WordlessError()"
 
 
 @pytest.mark.parametrize(

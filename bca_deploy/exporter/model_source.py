@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class ModelSource:
         samples: the user's.
         signature: what it takes and gives.
         guessed: the dimensions whose ranges nobody gave.
+        tries: sizes that the trace leaves in doubt, so that they must be run.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelSource:
     samples: tuple[Sample, ...]
     signature: Signature
     guessed: tuple[str, ...]
+    tries: tuple[Mapping[str, int], ...]
     _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
     _traced: "dict[int, ir.Model]" = field(default_factory=dict, repr=False, compare=False)
 
@@ -106,7 +108,7 @@ class ModelSource:
                 write(model, path, recipe.external_data_bytes)
             with clock.stage(f"parity {path.stem}"):
                 subject = judge.Subject(path, tapped, precision, recipe.keep_io_types)
-                cases = cases_of(self.subject.draws, self.signature, self.samples, recipe.parity)
+                cases = cases_of(self.subject.draws, self.signature, self.samples, recipe.parity, self.tries)
                 arrays = {case: inputs_of(case, self.subject.draws, self.samples, precision) for case in cases}
                 yardstick = self._yardstick(precision)
                 verdict = judge.judge(subject, yardstick, arrays, recipe.parity, clock.progress.steps)
@@ -199,7 +201,24 @@ def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress:
     kinds = zip(outputs.items(), program.outputs, strict=False)  # those of layers come after
     signature = Signature(tensors, tuple(Tensor(name, kind, shape) for (name, kind), shape in kinds), dims)
     refined = Laboratory(plain, Evaluator(plain, (), torch.float64), draws).refine(signature)
-    return ModelSource(type(model).__name__, subject, samples, refined, guessed, _traced={recipe.opset: graph})
+    _check_largest(Evaluator(plain, (), torch.float32), draws, refined)
+    tries = _tries(program)
+    return ModelSource(type(model).__name__, subject, samples, refined, guessed, tries, _traced={recipe.opset: graph})
+
+
+def _tries(program: Program) -> tuple[Mapping[str, int], ...]:
+    """Return the sizes to run: 1 in each dimension that may have it, and what the trace says of others."""
+    doubts = [sizes for doubt in program.doubts for sizes in doubt.tries]
+    return (*({name: 1} for name in program.unsettled), *doubts)
+
+
+def _check_largest(evaluator: Evaluator, draws: Draws, signature: Signature) -> None:
+    """Refuse sizes that PyTorch itself refuses: a table of positions that is too short leaves no trace in a graph.
+
+    One entry alone, or the largest batch of the longest would take the machine's memory.
+    """
+    sizes = {name: r.min if name == signature.batch else r.max for name, r in signature.dims.items()}
+    evaluator.run_as_usual(draws.inputs(sizes, "all live", 0, "fp32"))
 
 
 def _dtype(tensor: torch.Tensor) -> DType:
@@ -240,27 +259,35 @@ class Subject:
         """Return the graph of the swapped model with its layers' outputs after its own, and what it was made from."""
         swapped, inside = swap(self.model, self.founds, self.uses, precision, runtime), DTYPES[precision]
         edge = torch.float32 if recipe.keep_io_types else inside
-        axes = {tensor.name: tensor.axes for tensor in self.draws.tensors}
-        root = rooted(swapped.model, list(axes), swapped.taps.tensors, inside, edge)
-        arrays = self.draws.inputs(_distinct(self.dims), "padded", 0, precision)
-        inputs = {name: cast(torch.from_numpy(array), edge) for name, array in arrays.items()}
+        root = rooted(swapped.model, self._inputs, swapped.taps.tensors, inside, edge)
+        traceable = self._traceable(root, precision, edge)
         with torch.no_grad():
-            root(**{name: t.clone() for name, t in inputs.items()})
+            root(**{name: t.clone() for name, t in traceable.inputs.items()})
         swapped.check_called()
-        names = (*self.outputs, *swapped.taps.tensors)
-        graph, program = convert(Traceable(root, inputs, axes, self.dims, names), recipe.opset, runtime=runtime)
+        traceable = replace(traceable, outputs=(*self.outputs, *swapped.taps.tensors))
+        graph, program = convert(traceable, recipe.opset, runtime=runtime)
         _refuse_random_nodes(graph)
         if precision != "fp32":
             widen(graph)
         return graph, program
+
+    @property
+    def _inputs(self) -> list[str]:
+        return [tensor.name for tensor in self.draws.tensors]
+
+    def _traceable(self, root: nn.Module, precision: Precision, edge: torch.dtype) -> Traceable:
+        axes = {tensor.name: tensor.axes for tensor in self.draws.tensors}
+        arrays = self.draws.inputs(_distinct(self.dims), "padded", 0, precision)
+        inputs = {name: cast(torch.from_numpy(array), edge) for name, array in arrays.items()}
+        return Traceable(root, inputs, axes, self.dims, self.outputs)
 
 
 def _distinct(dims: Dims) -> dict[str, int]:
     """Return a size of each dimension, none of them 1 and no two alike where the ranges allow it."""
     found: dict[str, int] = {}
     for name, allowed in dims.items():
-        choices = (n for n in _SIZES if allowed.min <= n <= allowed.max and n > 1)
-        found[name] = next((n for n in choices if n not in found.values()), allowed.max)
+        choices = (n for n in _SIZES if allowed.min <= n <= allowed.max and n not in found.values())
+        found[name] = next(choices, allowed.max)
     return found
 
 

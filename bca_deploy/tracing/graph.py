@@ -23,7 +23,7 @@ from bca_deploy.layers.lowered_model import LoweredModel
 from bca_deploy.signature import Axis, Dims, Signature, Tensor
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Precision, Runtime
 from bca_deploy.tracing.opset import lower_to_17
-from bca_deploy.tracing.program import Program, export_program
+from bca_deploy.tracing.program import Program, any_length, export_program
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
@@ -182,7 +182,7 @@ def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_
 
 def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
     """Run torch's exporter. It builds at opset 18: asked for 17 it may keep 18 without a word."""
-    with exporter_alone():
+    with exporter_alone(), any_length():
         program = export_program(traceable.module, traceable.inputs, traceable.axes, traceable.dims)
         try:
             made = torch.onnx.export(

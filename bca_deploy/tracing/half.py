@@ -1,6 +1,6 @@
 """What overflows or drifts in half precision is computed in float32: a Cast in, a Cast out.
 
-Requires: types on all values, functions inlined. Ensures: inputs, outputs and weights keep names and types; between two widened
+Requires: types on values, functions inlined. Ensures: inputs, outputs and weights keep names and types; between two widened
 nodes there is no Cast; nothing between an attention's products and its softmax is widened, since compilers fuse those only as
 they are.
 
@@ -56,6 +56,7 @@ def widen(model: ir.Model) -> None:
         model: of any opset on offer. What is float32 already, and nodes of other domains than ai.onnx, stay as they are.
     """
     for node in [node for node in model.graph.all_nodes() if node.domain == ""]:
+        _name_type(node)
         _keep_finite(node, model.opset_imports[""])
     nodes = [node for node in model.graph.all_nodes() if node.domain == ""]
     wide = _chosen(nodes)
@@ -69,6 +70,21 @@ def widen(model: ir.Model) -> None:
         _give_half(value, dtype, wide)
     for node in reversed(nodes) if ups or halves else ():
         _drop_if_dead(node)
+
+
+def _name_type(node: ir.Node) -> None:
+    """Fill in what the exporter leaves open where onnx's own inference refuses bfloat16: behind an InstanceNormalization."""
+    source, made = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if source is None or source.dtype is None or made.dtype is not None:
+        return
+    if node.op_type in {*_SUMS, *_NORMS, *_POINTWISE, *_MOVING}:
+        made.type = ir.TensorType(source.dtype)
+    like = node.inputs[1] if node.op_type == "CastLike" else None
+    if like is not None and like.dtype is not None:
+        ir.convenience.replace_all_uses_with(
+            made, source if like.dtype == source.dtype else _cast(source, made, like.dtype, "_cast")
+        )
+        _graph(made).remove(node, safe=True)
 
 
 def _keep_finite(node: ir.Node, opset: int) -> None:
@@ -230,7 +246,7 @@ def _give_half(value: ir.Value, dtype: ir.DataType, wide: Mapping[ir.Node, None]
     """Round a widened value, under the name it had, for what stays half and for the graph's outputs."""
     for user in [user for user, _ in value.uses() if _is_up(user)]:
         _bypass(user, value)
-    uses = [(user, index) for user, index in value.uses() if user not in wide]
+    uses = [(user, index) for user, index in value.uses() if user not in wide and not _is_up(user)]
     graph = _graph(value)
     places = [index for index, output in enumerate(graph.outputs) if output is value]
     if not uses and not places:
@@ -258,8 +274,7 @@ def _cast(source: ir.Value, after: ir.Value, dtype: ir.DataType, suffix: str) ->
 
 def _bypass(cast: ir.Node, value: ir.Value) -> None:
     if not cast.outputs[0].is_graph_output():
-        for user, index in list(cast.outputs[0].uses()):
-            user.replace_input_with(index, value)
+        ir.convenience.replace_all_uses_with(cast.outputs[0], value)
 
 
 def _drop_if_dead(node: ir.Node) -> None:

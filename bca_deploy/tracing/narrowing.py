@@ -316,6 +316,15 @@ class _Python(StrPrinter):  # type: ignore[misc]
     def _print_Max(self, expr: sympy.Basic) -> str:  # noqa: N802
         return f"max({self.stringify(expr.args, ', ')})"
 
+    def _print_Or(self, expr: sympy.Basic) -> str:  # noqa: N802
+        return " or ".join(sorted(f"({self._print(each)})" for each in expr.args))
+
+    def _print_And(self, expr: sympy.Basic) -> str:  # noqa: N802
+        return " and ".join(sorted(f"({self._print(each)})" for each in expr.args))
+
+    def _print_Not(self, expr: sympy.Basic) -> str:  # noqa: N802
+        return f"not ({self._print(expr.args[0])})"
+
     def _print_Relational(self, expr: sympy.Basic) -> str:  # noqa: N802
         sign = {"Equality": "==", "Unequality": "!="}.get(type(expr).__name__, getattr(expr, "rel_op", "?"))
         return f"{self._print(expr.args[0])} {sign} {self._print(expr.args[1])}"

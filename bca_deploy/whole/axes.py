@@ -1,5 +1,6 @@
 """Which axes of the inputs are dynamic, what each is called, and the sizes it may have: declared, or read from two samples."""
 
+import keyword
 from collections.abc import Mapping, Sequence
 
 from bca_deploy.errors import InputError, nearest
@@ -54,9 +55,10 @@ def _check_alike(samples: Sequence[Sample]) -> None:
                     f"input {name} has {first[name].ndim} axes of {first[name].dtype} in sample 1, and {tensor.ndim} of "
                     f"{tensor.dtype} in sample {number}; samples differ in sizes alone"
                 )
-    for name, tensor in first.items():
-        if 0 in tensor.shape:
-            raise InputError(f"input {name} has shape {list(tensor.shape)} in sample 1; a sample has no empty axis")
+    for number, sample in enumerate(samples, 1):
+        for name, tensor in sample.items():
+            if 0 in tensor.shape:
+                raise InputError(f"input {name} has shape {list(tensor.shape)} in sample {number}; a sample has no empty axis")
 
 
 def _check_given(sample: Sample, given: GivenAxes) -> None:
@@ -66,7 +68,7 @@ def _check_given(sample: Sample, given: GivenAxes) -> None:
         if len(axes) != sample[name].ndim:
             raise InputError(f"axes of {name}: {len(axes)} are given, and the samples have {list(sample[name].shape)}")
         for index, axis in enumerate(axes):
-            if isinstance(axis, str) and not axis.isidentifier():
+            if isinstance(axis, str) and (not axis.isidentifier() or keyword.iskeyword(axis)):
                 raise InputError(f"axes of {name}: axis {index} is {axis!r}; a dimension's name is a word, such as x_len")
             if isinstance(axis, int) and axis != sample[name].shape[index]:
                 raise InputError(

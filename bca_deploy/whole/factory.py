@@ -45,6 +45,11 @@ def _imported(where: str) -> ModuleType:
         return _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except InputError:
         raise
+    except SystemExit as error:  # a script that reads its own arguments does
+        raise InputError(
+            f"--model: {where} ends the process when it is imported (exit code {error.code}); let what it runs stand under "
+            'if __name__ == "__main__"'
+        ) from error
     except Exception as error:  # the user's code raises what it likes
         raise InputError(f"--model: {where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 
@@ -100,12 +105,9 @@ def load_into(model: nn.Module, path: Path, prefix: str = "") -> None:
 
 def _problems(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
     absent, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    other = [name for name, tensor in wanted.items() if name in given and given[name].shape != tensor.shape]
     found = [f"missing key {name}{nearest(name, unknown)}" for name in absent[:_SHOWN]]
     found += [f"unknown key {name}" for name in unknown[:_SHOWN]]
-    found += [
-        f"{name} has shape {list(given[name].shape)}, needs {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in given and given[name].shape != tensor.shape
-    ][:_SHOWN]
-    more = len(absent) + len(unknown) - len(found)
+    found += [f"{n} has shape {list(given[n].shape)}, needs {list(wanted[n].shape)}" for n in other[:_SHOWN]]
+    more = len(absent) + len(unknown) + len(other) - len(found)
     return [*found, f"and {more} more"] if more > 0 else found

@@ -64,25 +64,29 @@ def _candidates(model: nn.Module) -> Iterator[str]:
     """Yield the paths of the outermost modules that have the parameters of a layer or of a transformer, each object once."""
     inside: list[str] = []
     for path, module in model.named_modules():
-        if any(outer == "" or path.startswith(f"{outer}.") for outer in inside) or not _looks_right(path, module):
+        if any(outer == "" or path.startswith(f"{outer}.") for outer in inside) or not _looks_right(module):
             continue
         inside.append(path)
         yield path
 
 
-def _looks_right(path: str, module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    if set(_WEIGHTS) <= set(children):
-        _check_plain(path, module)
+def _looks_right(module: nn.Module) -> bool:
+    if set(_WEIGHTS) <= set(module._modules):
         return True
-    names = {name for name, _ in module.named_parameters()}
+    names = _tensors(module)
     return {f"{_FIRST_BLOCK}{name}.weight" for name in _WEIGHTS} <= names
 
 
+def _tensors(module: nn.Module) -> set[str]:
+    """Return every name of every parameter and buffer: both sides of a layer may share one."""
+    both = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {name for tensors in both for name, _ in tensors}
+
+
 def _check_plain(path: str, module: nn.Module) -> None:
-    has = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    has = _tensors(module)
     for name in _WEIGHTS:
-        if f"{name}.weight" not in has:
+        if hasattr(module, name) and f"{name}.weight" not in has:  # a transformer has them further inside
             kind = type(module.get_submodule(name)).__name__
             raise CheckpointError(
                 f"{_shown(path)}.{name} is a {kind} without a plain weight, parametrised, quantised or adapted; merge it first "
@@ -93,6 +97,7 @@ def _check_plain(path: str, module: nn.Module) -> None:
 
 def _proven(model: nn.Module, path: str) -> Found:
     module = model.get_submodule(path)
+    _check_plain(path, module)
     way_out = f"; --keep-literal {path} exports it as it is" if path else ""
     try:
         checkpoint, call = from_module(module), call_of(module)

@@ -33,6 +33,8 @@ _ALIASES = {
     "rel_pos_bias": ("rel_pos_bias", "attn_bias", "bias"),
     "return_attn": ("return_attn", "return_attention", "need_weights"),
 }
+# As the layer's own forward takes them.
+_ORDER = ("x", "context", "mask", "context_mask", "return_attn", "rel_pos_bias")
 # The largest |logit| of a case is about this. Nearly uniform attention hides much, and only steep logits tell a fill of -10000
 # from the lowest number; they do where all live logits are one number and all dead ones its opposite.
 _LEVELS = ((1.0, False), (30.0, False), (2e4, False), (1e5, True))
@@ -61,8 +63,12 @@ class Call:
     def given(self, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return by the layer's names what a call of ``forward`` was given."""
         bound = forward.bind(*args, **kwargs).arguments
-        rest = [name for name, parameter in forward.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-        everything = {**bound, **bound.get(rest[0], {})} if rest else bound
+        everything = dict(bound)
+        for index, parameter in enumerate(forward.parameters.values()):
+            if parameter.kind is parameter.VAR_KEYWORD:
+                everything |= bound.get(parameter.name, {})
+            elif parameter.kind is parameter.VAR_POSITIONAL:  # handed on to the layer's own forward, in its order
+                everything |= dict(zip(_ORDER[index:], bound.get(parameter.name, ()), strict=False))
         roles = {argument: name for name, argument in self.arguments.items()}
         return {roles[name]: value for name, value in everything.items() if name in roles}
 
@@ -137,6 +143,7 @@ def prove(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Pr
 
 def _proof(call: Call, theirs: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Proof:
     ours, largest = checkpoint.module(torch.float64), _largest_logit(checkpoint)
+    _untie(theirs)
     queries = [(p, p.clone()) for m in (ours, theirs) for name, p in m.named_parameters() if is_query_weight(name)]
     cases, worst, differences = 0, 0.0, list[str]()
     for level, opposed in _LEVELS:
@@ -150,6 +157,14 @@ def _proof(call: Call, theirs: nn.Module, checkpoint: Checkpoint, interface: Int
             name = f"{' '.join(_named(given, inputs)) or 'no mask'}, |logit| {level:g}"
             differences += [f"{name}{', opposed tokens' if opposed else ''}: {failure}" for failure in failures]
     return Proof(cases, worst, tuple(differences))
+
+
+def _untie(module: nn.Module) -> None:
+    """Give the queries' weights to one side alone, where both share them: scaling them is to scale the logits once."""
+    for parent in module.modules():
+        sides = [getattr(parent._modules.get(name), "weight", None) for name in ("to_qk", "context_to_qk")]
+        if sides[0] is not None and sides[0] is sides[1]:
+            parent.to_qk = copy.deepcopy(parent.to_qk)
 
 
 def check(module: nn.Module, checkpoint: Checkpoint, interface: Interface) -> Proof:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bca_deploy.errors import InputError, nearest
+from bca_deploy.whole.attention import ZerosWithoutKeys
 
 #: Tensors by the names of forward's arguments, on the CPU.
 Sample = dict[str, Tensor]
@@ -24,6 +26,7 @@ _DTYPES = {
     torch.int64: torch.int64,
     torch.int32: torch.int32,
 }
+_ALLOWED = f"allowed: dense tensors of {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
 
 
 def named_sample(model: nn.Module, given: Mapping[str, Any] | Sequence[Any]) -> Sample:
@@ -77,7 +80,7 @@ def _ordered(named: Mapping[str, Any], taken: Mapping[str, Any]) -> list[str]:
 
 def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, np.ndarray | np.generic):
-        value = torch.from_numpy(np.array(value))
+        value = _of_array(name, value)
     if not isinstance(value, Tensor):
         raise InputError(
             f"the sample's {name} is a {type(value).__name__}; inputs are tensors: fix other arguments with a wrapper "
@@ -86,17 +89,32 @@ def _tensor(name: str, value: Any) -> Tensor:
     if value.is_complex():
         raise InputError(f"the sample's {name} is complex; give its real and imaginary parts, as torch.view_as_real does")
     if value.dtype not in _DTYPES or value.layout != torch.strided:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise InputError(f"the sample's {name} is {value.dtype}, {value.layout}; allowed: dense tensors of {allowed}")
+        raise InputError(f"the sample's {name} is {value.dtype}, {value.layout}; {_ALLOWED}")
     return value.detach().cpu().to(_DTYPES[value.dtype]).clone()
+
+
+def _of_array(name: str, value: NDArray[Any] | np.generic) -> Tensor:
+    array = np.array(value)
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:  # objects, strings, the other order of bytes
+        raise InputError(f"the sample's {name} is an array of {array.dtype}; {_ALLOWED}") from error
 
 
 def named_outputs(result: Any) -> dict[str, Tensor]:
     """Return the tensors of a result by name: keys and fields, ``output_0`` and on for what stands in order.
 
     What is no tensor (None, numbers, strings) is left out; ``output`` is the name of a single tensor.
+
+    Raises:
+        InputError: two have one name.
     """
-    return dict(_leaves(result, ""))
+    found: dict[str, Tensor] = {}
+    for name, tensor in _leaves(result, ""):
+        if name in found:
+            raise InputError(f"two outputs are called {name}; give their keys names that differ in letters and numbers")
+        found[name] = tensor
+    return found
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -144,7 +162,8 @@ def rooted(
 
     def forward(self: _Root, **inputs: Tensor) -> tuple[Tensor, ...]:
         self.taps.clear()
-        own = named_outputs(self.model(**{name: cast(t, inside) for name, t in inputs.items()}))
+        with ZerosWithoutKeys():
+            own = named_outputs(self.model(**{name: cast(t, inside) for name, t in inputs.items()}))
         return tuple(cast(t, edge) for t in (*own.values(), *self.taps.values()))
 
     kinds = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]

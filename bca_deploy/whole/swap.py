@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bca_deploy.errors import ExportError
+from bca_deploy.errors import ExportError, InputError, first_line
 from bca_deploy.layers.lowered_model import DTYPES, LoweredModel, lower
 from bca_deploy.spec import INPUT_NAMES, MASK_NAMES, OUTPUT_NAMES, Lowering, Precision, Runtime
 from bca_deploy.whole.find import Found
 from bca_deploy.whole.proof import pinned, unwrapped
 from bca_deploy.whole.samples import Sample, named_outputs
+
+# Put in the place of attention maps: what shows wherever numbers count, and what a comparison sees, which takes NaN for small.
+_FILLS = (torch.nan, 0.0, 1.0)
 
 
 @dataclass
@@ -108,13 +111,27 @@ class Swapped:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU, in eval mode and float32, without the wrappers that go on calling what they wrapped."""
-    copied = unwrapped(copy.deepcopy(unwrapped(model)))
+    """Return a copy on the CPU, in eval mode and float32, without the wrappers that go on calling what they wrapped.
+
+    Raises:
+        InputError: it holds something that cannot be copied.
+    """
+    copied = unwrapped(_copied(unwrapped(model)))
     for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if (inner := unwrapped(child)) is not child:
+        for name, child in list(parent._modules.items()):  # an object may have two names
+            if child is not None and (inner := unwrapped(child)) is not child:
                 setattr(parent, name, inner)
     return pinned(copied.cpu().float().eval())
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a lock, a file, a tensor with a history
+        raise InputError(
+            f"the model cannot be copied: {first_line(error)}; keep what is no module or tensor outside of it, and merge "
+            "weights that are computed (parametrisations)"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,7 @@ def _replaced(model: nn.Module, original: nn.Module, stand_in: nn.Module) -> nn.
 def uses_of(model: nn.Module, founds: Sequence[Found], sample: Sample) -> dict[str, Use]:
     """Return how the model uses each of its layers in one run; the model is as it was afterwards.
 
-    Whether attention maps show in the outputs is tried: NaN is put in their place.
+    Whether attention maps show in the outputs is tried: NaN is put in their place, and numbers that a comparison sees.
     """
     with torch.no_grad():
         before = named_outputs(model(**_cloned(sample)))
@@ -186,22 +203,35 @@ def uses_of(model: nn.Module, founds: Sequence[Found], sample: Sample) -> dict[s
 
 
 def _use(model: nn.Module, found: Found, sample: Sample, before: Mapping[str, Tensor]) -> Use:
-    layer, given = model.get_submodule(found.path), list[dict[str, Any]]()
+    given, maps = list[dict[str, Any]](), False
+    for fill in _FILLS:
+        given.clear()
+        after = _with_maps_of(fill, model, found, sample, given)
+        maps = maps or not all(_same(before[name], t) for name, t in after.items())
+        if not any(call.get("return_attn") for call in given):
+            break
+    masked = any(call.get(name) is not None for call in given for name in MASK_NAMES)
+    biased = any(call.get("rel_pos_bias") is not None for call in given)
+    return Use(len(given), masked, biased, maps)
+
+
+def _with_maps_of(
+    fill: float, model: nn.Module, found: Found, sample: Sample, given: list[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Return the model's outputs where this number stands everywhere in the layer's maps; note what its calls were given."""
+    layer = model.get_submodule(found.path)
     forward = inspect.signature(layer.forward)
 
     def watch(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
         given.append(found.call.given(forward, args, kwargs))
-        maps = tuple(torch.full_like(t, torch.nan) for t in outputs[2:])
+        maps = tuple(torch.full_like(t, fill) for t in outputs[2:])
         return (*outputs[:2], *maps) if maps else outputs
 
     handle = layer.register_forward_hook(watch, with_kwargs=True)
     try:
-        after = named_outputs(model(**_cloned(sample)))
+        return named_outputs(model(**_cloned(sample)))
     finally:
         handle.remove()
-    masked = any(call.get(name) is not None for call in given for name in MASK_NAMES)
-    biased = any(call.get("rel_pos_bias") is not None for call in given)
-    return Use(len(given), masked, biased, not all(_same(before[name], t) for name, t in after.items()))
 
 
 def _cloned(sample: Sample) -> Sample:

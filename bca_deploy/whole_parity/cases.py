@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from bca_deploy.whole.samples import Sample
 from bca_deploy.whole_parity.draws import PATTERNS, Draws, Pattern
 
 Arrays = dict[str, NDArray[Any]]
+#: Of each dimension; to be hashed.
+Sizes = tuple[tuple[str, int], ...]
 
 #: Each output's pool has at least so many values: with fewer, right models are refused by chance (docs/parity.md).
 POOL_VALUES = 512
@@ -41,13 +43,15 @@ class Case:
     """
 
     name: str
-    sizes: tuple[tuple[str, int], ...] = ()
+    sizes: Sizes = ()
     pattern: Pattern = "all live"
     seed: int = 0
     sample: int | None = None
 
 
-def cases_of(draws: Draws, signature: Signature, samples: Sequence[Sample], scope: Scope) -> list[Case]:
+def cases_of(
+    draws: Draws, signature: Signature, samples: Sequence[Sample], scope: Scope, tries: Sequence[Mapping[str, int]] = ()
+) -> list[Case]:
     """Return the cases of a matrix: the user's samples, then sizes of every kind with masks of every pattern.
 
     There are as many as it takes for every output to be a pool of :data:`POOL_VALUES`.
@@ -57,9 +61,11 @@ def cases_of(draws: Draws, signature: Signature, samples: Sequence[Sample], scop
         signature: of the model.
         samples: the user's.
         scope: ``full`` has more of them.
+        tries: sizes of some dimensions that a trace leaves in doubt.
     """
     patterns: Sequence[Pattern] = PATTERNS if draws.masks else ("all live",)
-    sizes = list(dict.fromkeys(_sizes(signature, row) for row in _SIZES))
+    usual = [_sizes(signature, row) for row in _SIZES]
+    sizes = list(dict.fromkeys([*usual, *(_tried(usual[1], some) for some in tries)]))
     found = [Case(f"sample {number + 1}", sample=number) for number in range(len(samples))]
     seed = 0
     while seed < _LEAST_SEEDS[scope] or (len(found) < _MOST_CASES[scope] and _smallest_pool(found, signature) < POOL_VALUES):
@@ -70,12 +76,16 @@ def cases_of(draws: Draws, signature: Signature, samples: Sequence[Sample], scop
     return found
 
 
+def _tried(usual: Sizes, some: Mapping[str, int]) -> Sizes:
+    return tuple((name, some.get(name, size)) for name, size in usual)
+
+
 def _smallest_pool(cases: Sequence[Case], signature: Signature) -> int:
     """Return how many values of the output that has the fewest all these cases have."""
     return min(sum(math.prod(t.shape(dict(case.sizes))) for case in cases if case.sample is None) for t in signature.outputs)
 
 
-def _sizes(signature: Signature, row: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+def _sizes(signature: Signature, row: tuple[int, ...]) -> Sizes:
     """Return sizes within the ranges; a batch has room for every way to be dead."""
     dims, lengths = signature.dims, itertools.cycle(row)
     return tuple((name, r.clip(_BATCH if name == signature.batch else next(lengths))) for name, r in dims.items())

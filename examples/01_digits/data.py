@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 
 HALF = 4  # columns in either half of an 8x8 image
@@ -29,6 +28,8 @@ def split_images() -> tuple[Tensor, Tensor]:
 
     The images are split before any pair is made, so that no held-out half was ever seen in training.
     """
+    from sklearn.datasets import load_digits  # here: the model itself, which takes its sizes from this module, needs none
+
     images = torch.from_numpy(load_digits().images).float() / 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     columns = images.transpose(1, 2)[order]

@@ -11,6 +11,7 @@ from support.layers import make_checkpoint
 from typer.testing import CliRunner
 
 import bca_deploy
+from bca_deploy.bundle.manifest import LayerEntry
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.cli import app, bench
 from bca_deploy.cli.bench import inputs, parse_shapes
@@ -67,7 +68,8 @@ def test_what_cannot_run_says_why(exported: Bundle) -> None:
     assert absent["eager"] == absent["literal"] == "torch is not installed"
     assert absent["openvino"] == "openvino is not installed"
     assert absent["session"] is absent["portable"] is None
-    mixed = manifest.model_copy(update={"layer": LayerSpec(dim=8, context_dim=8, heads=2, talking_heads=True)})
+    spec = LayerSpec(dim=8, context_dim=8, heads=2, talking_heads=True)
+    mixed = manifest.model_copy(update={"layers": (LayerEntry(path="", spec=spec, lowering="reference"),)})
     assert "without talking heads" in (obstacle("sdpa", mixed, lambda package: True) or "")
 
 

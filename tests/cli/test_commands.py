@@ -30,8 +30,9 @@ from typer.testing import CliRunner, Result
 from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.cli import app, console, export_app
-from bca_deploy.exporter import models, pipeline
+from bca_deploy.exporter import layer_source, models, pipeline
 from bca_deploy.exporter import verify as verification
+from bca_deploy.exporter.layer_source import LayerSource
 from bca_deploy.parity import user_sample
 from bca_deploy.spec import LAYER_DIMS, Interface
 
@@ -144,13 +145,13 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def traced(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing takes 5 s and tests of its own: here every trace gives the graph of ``exported``, whatever the layer."""
-    monkeypatch.setattr(models, "trace", lambda *args: ir.load(exported.path("models/fp32.onnx")))
+    monkeypatch.setattr(layer_source, "trace", lambda *args: ir.load(exported.path("models/fp32.onnx")))
 
 
 @pytest.fixture
 def judged(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is parity what most tests here are about."""
-    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict())
+    monkeypatch.setattr(layer_source, "judge", lambda *args, **kwargs: plain_verdict())
 
 
 @pytest.fixture
@@ -509,21 +510,21 @@ def test_failed_parity_exits_1_and_leaves_no_bundle(samples: Path, tmp_path: Pat
     (tmp_path / "build").mkdir()
     with nothing_written(tmp_path):
         result = bca_export("--checkpoint", samples / "retrained.safetensors", "--heads", "3")
-        refused(result, r"the exported model is not the PyTorch layer \(\d+ failures\):\n  .*largest error .*, allowed", code=1)
+        refused(result, r"the exported model is not the PyTorch model \(\d+ failures\):\n  .*largest error .*, allowed", code=1)
 
 
 @pytest.mark.usefixtures("judged")
 def test_failed_parity_leaves_the_old_bundle(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copy: Path, layer: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
+    monkeypatch.setattr(layer_source, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
     with nothing_written(tmp_path):
         refused(bca_export(*layer, "--out", copy, "--force"), "it is wrong", code=1)
 
 
 @pytest.mark.usefixtures("judged")
 def test_keep_failed_leaves_what_failed_to_look_at(monkeypatch: pytest.MonkeyPatch, samples: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
+    monkeypatch.setattr(layer_source, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
     for _ in range(2):  # the second time in place of the first
         result = bca_export("--checkpoint", samples / "retrained.safetensors", "--heads", "3", "--keep-failed", "--out", "m")
         ended(result, 1)
@@ -542,7 +543,7 @@ def test_what_failed_without_bound_can_be_looked_at(
     judged: None, monkeypatch: pytest.MonkeyPatch, layer: tuple[str, ...]
 ) -> None:
     # Where PyTorch makes no error at all, the ratio to it is infinite.
-    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",), float("inf")))
+    monkeypatch.setattr(layer_source, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",), float("inf")))
     refused(bca_export(*layer, "--keep-failed", "--out", "m"), r"\(2 failures\):\n  it is wrong", code=1)
     assert Bundle.open("m.failed").manifest.models[0].parity.passed is False
 
@@ -550,7 +551,7 @@ def test_what_failed_without_bound_can_be_looked_at(
 def test_keep_failed_does_not_touch_another_directory_and_still_exits_1(
     judged: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layer: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(models, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
+    monkeypatch.setattr(layer_source, "judge", lambda *args, **kwargs: plain_verdict(("it is wrong",)))
     (tmp_path / "m.failed").mkdir()
     (tmp_path / "m.failed" / "notes.txt").write_text("mine")
     with nothing_written(tmp_path):
@@ -567,7 +568,7 @@ def test_a_full_disk_leaves_what_was_there(
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(models, "write", full)
+    monkeypatch.setattr(layer_source, "write", full)
     with nothing_written(tmp_path):
         refused(bca_export(*layer, *out, "--force"), r"No space left on device: .*fp32\.onnx")
 
@@ -580,12 +581,19 @@ def interrupt(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.usefixtures("judged")
-@pytest.mark.parametrize("stage", ["write_weights", "trace", "judge", "finish"])
+@pytest.mark.parametrize(
+    "stage", [(LayerSource, "write_files"), (layer_source, "trace"), (layer_source, "judge"), (models, "finish")]
+)
 @pytest.mark.parametrize("out", [("--out", "new"), ("--out", "copy", "--force"), ("--archive", "new.bca")])
 def test_an_interrupt_exits_130_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copy: Path, layer: tuple[str, ...], stage: str, out: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    copy: Path,
+    layer: tuple[str, ...],
+    stage: tuple[Any, str],
+    out: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(models, stage, interrupt)
+    monkeypatch.setattr(*stage, interrupt)
     with nothing_written(tmp_path):
         refused(bca_export(*layer, *out), "^error: interrupted; nothing was left behind$", code=130)
 
@@ -594,7 +602,7 @@ def test_an_interrupt_exits_130_and_leaves_nothing(
 def test_an_interrupt_leaves_not_even_the_directories_around(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layer: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(models, "judge", interrupt)
+    monkeypatch.setattr(layer_source, "judge", interrupt)
     with nothing_written(tmp_path):
         refused(bca_export(*layer), "nothing was left behind", code=130)
 

@@ -14,10 +14,15 @@ import bca_deploy
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BundleError, CheckpointError, InputError, LoweringError, ParityError
 from bca_deploy.exporter import pipeline
-from bca_deploy.exporter.plan import load_checkpoint, make_plan
+from bca_deploy.exporter.plan import Plan, layer_source, load_checkpoint, make_plan
 from bca_deploy.exporter.recipe import Recipe, read_recipe
 from bca_deploy.layers import lowered_attention
+from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.progress import Silent
+
+
+def planned(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
+    return make_plan(recipe, layer_source(recipe, checkpoint), out)
 
 
 def run_model(bundle: Bundle, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
@@ -92,11 +97,11 @@ def test_wrong_heads_are_caught_by_the_user_s_sample(tmp_path: Path) -> None:
         out, context_out = right.module(torch.float32)(**{name: torch.from_numpy(a) for name, a in inputs.items()})
     sample = inputs | {"out": out.numpy(), "context_out": context_out.numpy()}
     recipe = read_recipe(None, {"inputs": {"mask": False, "context_mask": False}})
-    assert make_plan(recipe, right, tmp_path / "m", expected=sample).expected
+    assert layer_source(recipe, right, sample).expected
     from bca_deploy.layers.checkpoint import from_state
 
     with pytest.raises(ParityError, match="check --heads"):
-        make_plan(recipe, from_state(right.state, heads=6), tmp_path / "m", expected=sample)
+        layer_source(recipe, from_state(right.state, heads=6), sample)
 
 
 def test_a_sample_with_an_input_that_the_export_lacks_is_refused(tmp_path: Path) -> None:
@@ -105,7 +110,7 @@ def test_a_sample_with_an_input_that_the_export_lacks_is_refused(tmp_path: Path)
     }
     recipe = read_recipe(None, {"inputs": {"mask": False}})
     with pytest.raises(InputError, match="the sample has mask, but the export has no such input"):
-        make_plan(recipe, make_checkpoint(), tmp_path / "m", expected=sample | {"mask": np.ones((1, 2), bool)})
+        layer_source(recipe, make_checkpoint(), sample | {"mask": np.ones((1, 2), bool)})
 
 
 def test_fused_with_attention_maps_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -152,8 +157,8 @@ def test_heads_given_by_flag_override_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_failed_parity_leaves_no_bundle_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowered_attention, "_mean", lambda v: v[:1] * 0)
-    plan = make_plan(Recipe(), make_checkpoint(), tmp_path / "m")
-    with pytest.raises(ParityError, match="the exported model is not the PyTorch layer"):
+    plan = planned(Recipe(), make_checkpoint(), tmp_path / "m")
+    with pytest.raises(ParityError, match="the exported model is not the PyTorch model"):
         pipeline.run(plan, Silent())
     assert not list(tmp_path.iterdir())
     with pytest.raises(ParityError):
@@ -211,9 +216,9 @@ def test_bfloat16_talking_heads_are_refused_before_the_work_at_an_opset_without_
     for opset, precision in ((17, "bf16"), (21, "bf16")):
         recipe = read_recipe(None, {"opset": opset, "precision": [precision]})
         with pytest.raises(InputError, match=rf"^precision bf16 with talking heads at opset {opset}: .*--opset 22 or higher"):
-            make_plan(recipe, mixed, tmp_path / "m")
-    assert make_plan(read_recipe(None, {"opset": 22, "precision": ["bf16"]}), mixed, tmp_path / "m")
-    assert make_plan(read_recipe(None, {"opset": 17, "precision": ["bf16"]}), make_checkpoint(), tmp_path / "m")
+            planned(recipe, mixed, tmp_path / "m")
+    assert planned(read_recipe(None, {"opset": 22, "precision": ["bf16"]}), mixed, tmp_path / "m")
+    assert planned(read_recipe(None, {"opset": 17, "precision": ["bf16"]}), make_checkpoint(), tmp_path / "m")
 
 
 @pytest.mark.slow

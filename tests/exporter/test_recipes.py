@@ -6,7 +6,7 @@ import pytest
 
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.exporter import pipeline
-from bca_deploy.exporter.plan import load_checkpoint, make_plan
+from bca_deploy.exporter.plan import layer_source, load_checkpoint, make_plan
 from bca_deploy.exporter.recipe import read_recipe
 from bca_deploy.progress import Silent
 from bca_deploy.spec import layer_signature
@@ -19,7 +19,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "export" / "recipes").glob("*.toml
 def test_the_recipe_exports_and_passes_parity(path: Path, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     checkpoint = load_checkpoint(recipe, None, None)
-    verdicts = pipeline.run(make_plan(recipe, checkpoint, tmp_path / "m"), Silent())
+    verdicts = pipeline.run(make_plan(recipe, layer_source(recipe, checkpoint), tmp_path / "m"), Silent())
     assert [verdict.model for verdict in verdicts if "." not in verdict.model] == list(recipe.precision)
     with Bundle.open(tmp_path / "m") as bundle:
         assert all(model.parity.passed and model.parity.cases >= 40 for model in bundle.manifest.models)

@@ -29,10 +29,11 @@ from bca_deploy.engines.compile import Built
 from bca_deploy.engines.gpus import Gpus
 from bca_deploy.engines.usable import engine_for, why_stale
 from bca_deploy.errors import BcaError, BundleError, EngineError, InputError
-from bca_deploy.exporter import models
+from bca_deploy.exporter import layer_source, models
 from bca_deploy.exporter import refit as refitting
 from bca_deploy.exporter import verify as verification
 from bca_deploy.exporter.build import build
+from bca_deploy.exporter.layer_source import LayerSource
 from bca_deploy.exporter.refit import refit
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.parity import user_sample
@@ -187,7 +188,7 @@ def test_nothing_is_traced(engined: Path, files: Path, monkeypatch: pytest.Monke
     def work(*arguments: object) -> None:
         raise AssertionError("a trace began")
 
-    monkeypatch.setattr(models, "trace", work)
+    monkeypatch.setattr(layer_source, "trace", work)
     assert all(refit(engined, files / "new.safetensors", drop_sample=True))
 
 
@@ -273,26 +274,26 @@ def test_a_file_that_does_not_hold_this_layer_is_refused(
     def work(*arguments: object) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(models, "refit_model", work)
+    monkeypatch.setattr(LayerSource, "refit", work)
     with untouched(engined.parent):
         refused(bca("refit", engined, "--checkpoint", files / f"{name}.safetensors", "--drop-expect"), message)
 
 
-@pytest.mark.parametrize("place", ["refit_model", "finish", "refuse_failures"])
+@pytest.mark.parametrize("place", [(LayerSource, "refit"), (models, "finish"), (models, "refuse_failures")])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError])
 def test_a_refit_that_stops_halfway_leaves_the_bundle_as_it_was(
-    engined: Path, files: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException]
+    engined: Path, files: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str], error: type[BaseException]
 ) -> None:
     def fail(*arguments: object) -> None:
         raise error("half way")
 
-    monkeypatch.setattr(models, place, fail)
+    monkeypatch.setattr(*place, fail)
     with untouched(engined.parent), pytest.raises(error, match="half way"):
         refit(engined, files / "new.safetensors", drop_sample=True)
 
 
 def test_weights_that_fail_parity_do_not_get_in(engined: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "judge", lambda *arguments, **options: plain_verdict(failures=("wrong by 7",)))
+    monkeypatch.setattr(layer_source, "judge", lambda *arguments, **options: plain_verdict(failures=("wrong by 7",)))
     with untouched(engined.parent):
         refused(bca("refit", engined, "--checkpoint", files / "new.safetensors", "--drop-expect"), "wrong by 7", code=1)
 
@@ -371,7 +372,7 @@ def test_an_engine_of_a_gpu_that_is_not_here_is_refused_before_any_work(
     def work(*arguments: object) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(models, "refit_model", work)
+    monkeypatch.setattr(LayerSource, "refit", work)
     monkeypatch.setattr(engines, "query", lambda: found)
     with untouched(engined.parent), pytest.raises(BcaError, match=re.escape(message)):
         refit(engined, files / "new.safetensors", drop_sample=True)
