@@ -32,8 +32,8 @@ $(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sd
 	touch $@
 
 demo: $(READY)
-	$(BIN)/bca-export --opset 17 --checkpoint examples/01_digits/matcher.safetensors --prefix fusion. --heads 4 \
-		--expect examples/01_digits/sample.npz --out build/demo --force
+	$(BIN)/bca-export --opset 17 --model examples/01_digits/model.py:Matcher --checkpoint examples/01_digits/matcher.safetensors \
+		--inputs examples/02_model/few.npz --inputs examples/02_model/many.npz --dim batch=1:8:128 --out build/demo --force
 	$(BIN)/bca inspect build/demo
 
 check: $(READY)

@@ -163,7 +163,8 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
         from bca_deploy.exporter import pipeline
 
         if dry_run:
-            console.show_plan(plan, checkpoint, as_json)
+            table = plan.recipe.model
+            console.show_plan(plan, checkpoint or (table.checkpoint if table else None), as_json)
             return
         with console.progress() as progress:
             verdicts = pipeline.run(plan, progress, keep_failed)

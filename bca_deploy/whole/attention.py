@@ -5,6 +5,7 @@ softmax and puts zeros in place of NaN; onnxruntime 1.32 on CPU has numbers ther
 """
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +24,19 @@ class ZerosWithoutKeys(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and _is_plain(*args, **kwargs):
             return _attention(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:  # calls it, where this would be off
+            with self:
+                return _multi_head_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _undispatched(func: Any) -> Callable[..., Any]:
+    """Return a function of torch.nn.functional as it is, but for asking modes first whether they take its place."""
+    names = {**func.__globals__, "has_torch_function": lambda tensors: False}
+    return FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+
+
+_multi_head_attention = _undispatched(functional.multi_head_attention_forward)
 
 
 def _is_plain(
@@ -47,6 +60,6 @@ def _attention(
     if attn_mask.dtype == torch.bool:
         live, sim = attn_mask, sim.masked_fill(~attn_mask, lowest)
     else:
-        live, sim = attn_mask > lowest, sim + attn_mask.clamp(min=lowest).to(sim.dtype)
+        live, sim = attn_mask > -torch.inf, sim + attn_mask.clamp(min=lowest).to(sim.dtype)
     attended = sim.softmax(-1) @ value
     return torch.where(live.any(-1, keepdim=True), attended, torch.zeros((), dtype=attended.dtype))

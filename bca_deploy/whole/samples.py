@@ -90,7 +90,10 @@ def _tensor(name: str, value: Any) -> Tensor:
         raise InputError(f"the sample's {name} is complex; give its real and imaginary parts, as torch.view_as_real does")
     if value.dtype not in _DTYPES or value.layout != torch.strided:
         raise InputError(f"the sample's {name} is {value.dtype}, {value.layout}; {_ALLOWED}")
-    return value.detach().cpu().to(_DTYPES[value.dtype]).clone()
+    found = value.detach().cpu().to(_DTYPES[value.dtype]).clone()
+    if found.is_floating_point() and not found.isfinite().all():  # what is drawn like it would be NaN, and nothing judged
+        raise InputError(f"the sample's {name} holds NaN or infinity in float32; give one of finite numbers")
+    return found
 
 
 def _of_array(name: str, value: NDArray[Any] | np.generic) -> Tensor:

@@ -67,8 +67,8 @@ def draws_of(
         ranges: of integer inputs, the least and the largest value.
 
     Raises:
-        InputError: a mask or a range of what is no integer input, or an integer input of which the samples do not tell what it
-            is: with one value, or 0 and 1 alone, it could be a mask.
+        InputError: a mask or a range of what is no integer input, or that cannot be; or an integer input of which the samples
+            do not tell what it is: with one value, or 0 and 1 alone, it could be a mask.
     """
     dtypes = {tensor.name: tensor.dtype for tensor in tensors}
     for what, names in (("mask", masks), ("range", ranges)):
@@ -78,10 +78,24 @@ def draws_of(
                 raise InputError(
                     f"{what} {name!r}: no such integer input{nearest(name, known)}; there are {', '.join(known) or 'none'}"
                 )
+    _check_said(tensors, masks, ranges)
     integers = {n: ranges.get(n) or _range(n, samples) for n, d in dtypes.items() if d.startswith("int") and n not in masks}
     found = tuple(name for name, dtype in dtypes.items() if dtype == "bool" or name in masks)
     floats = {tensor.name: _moments(tensor.name, samples) for tensor in tensors if tensor.is_float}
     return Draws(tuple(tensors), found, integers, floats)
+
+
+def _check_said(tensors: Sequence[Tensor], masks: Mapping[str, str], ranges: Mapping[str, tuple[int, int]]) -> None:
+    for tensor in tensors:
+        name, dims = tensor.name, [axis for axis in tensor.axes if isinstance(axis, str)]
+        if name in masks and masks[name] not in dims:
+            has = ", ".join(dims) or "none"
+            raise InputError(f"mask {name!r}: it has no dimension {masks[name]!r}{nearest(masks[name], dims)}; it has {has}")
+        if name in masks and name in ranges:
+            raise InputError(f"{name} is both a mask and numbers of a range; say one of them")
+        if name in ranges and ranges[name][0] > ranges[name][1]:
+            low, high = ranges[name]
+            raise InputError(f"range {name!r}: {low} to {high}; give the least value first")
 
 
 def _range(name: str, samples: Sequence[Sample]) -> tuple[int, int]:

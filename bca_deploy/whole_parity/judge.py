@@ -57,12 +57,13 @@ def judge(
     Raises:
         InputError: PyTorch itself refuses a case.
     """
-    runners, undefined = _runners(subject), set[str]()
+    runners, undefined, defined = _runners(subject), set[str](), dict[str, bool]()
 
     def run(case: Case, orders: int) -> list[CaseResult]:
         inputs = arrays[case]
         hearings, edges = yardstick.hearings(inputs, orders), at_edges(inputs, subject.precision, subject.keep_io_types)
         undefined.update(name for name, hearing in hearings.items() if not hearing.defined.all())
+        defined.update({name: defined.get(name, False) or bool(hearing.defined.any()) for name, hearing in hearings.items()})
         return [
             result
             for runtime, runner in runners.items()
@@ -73,7 +74,12 @@ def judge(
         results = run_all(run, list(arrays), on_case)
     verdict = verdict_of(subject.path.stem, subject.precision, scope, results, 0.0)
     notes = [f"{name}: PyTorch itself gives NaN in some cases, and nothing is judged there" for name in sorted(undefined)]
-    return replace(verdict, notes=(*verdict.notes, *notes))
+    silent = [
+        f"{name}: PyTorch itself gives NaN everywhere, so that nothing is judged"
+        for name in sorted(undefined)
+        if not defined[name]
+    ]
+    return replace(verdict, notes=(*verdict.notes, *notes), failures=(*verdict.failures, *silent))
 
 
 def _runners(subject: Subject) -> dict[str, Runner]:

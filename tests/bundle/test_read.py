@@ -222,7 +222,7 @@ def test_a_manifest_of_another_kind_is_refused(copy: Path, content: str) -> None
         (lambda m: m["files"]["parity.json"].update(sha256="00"), r"files\.parity\.json\.sha256"),
         (lambda m: m["files"]["parity.json"].update(bytes=-1), r"files\.parity\.json\.bytes"),
         (lambda m: m["signature"]["dims"]["x_len"].update(min=0), r"signature\.dims\.x_len"),
-        (lambda m: m["layers"][0]["spec"].update(heads=0), "layer"),
+        (lambda m: m["layers"][0]["spec"].update(heads=0), r"layers\.0\.spec"),
         (lambda m: m.update(models=[]), "models"),
         (lambda m: m.update(format=0), "format"),
         (lambda m: m.update(format="1"), "format"),

@@ -17,7 +17,7 @@ from support.bundles import contents, untouched
 from support.layers import make_spec
 
 from bca_deploy.bundle import write
-from bca_deploy.bundle.manifest import FileEntry, Manifest, ModelEntry, ParityEntry
+from bca_deploy.bundle.manifest import FileEntry, LayerEntry, Manifest, ModelEntry, ParityEntry
 from bca_deploy.bundle.read import Bundle, sha256
 from bca_deploy.bundle.write import staged
 from bca_deploy.errors import BundleError
@@ -48,7 +48,7 @@ def fill(directory: Path, **files: str) -> None:
     listed = [p for p in sorted(directory.rglob("*")) if p.is_file()]
     manifest = Manifest(
         format=1,
-        layer=make_spec(),
+        layers=(LayerEntry(path="", spec=make_spec(), lowering="fused"),),
         interface=Interface(),
         signature=layer_signature(make_spec(), Interface()),
         models=(

@@ -422,7 +422,7 @@ def test_the_readmes_commands_build_and_install_and_its_snippets_compile_and_run
 ) -> None:
     for name in ("runtime", "examples"):
         (tmp_path / name).symlink_to(native.ROOT / name)
-    passed([Path(shutil.which("bca-export", path=native.environment()["PATH"]) or ""), *DEMO], tmp_path)
+    passed([Path(shutil.which("bca-export", path=native.environment()["PATH"]) or ""), *FIRST], tmp_path)
     build, tool = snippets("sh")
     for command in build.strip().splitlines():  # quicker to compile so; the release build has the default flags
         passed(["bash", "-c", command], tmp_path, CMAKE_GENERATOR="Ninja", CMAKE_BUILD_TYPE="None")
@@ -451,7 +451,16 @@ def test_the_snippet_of_the_main_readme_compiles(release: Path, tmp_path: Path) 
     passed(["g++", "-std=c++17", "-fsyntax-only", f"-I{native.ROOT / 'runtime' / 'include'}", source])
 
 
-DEMO = ("--checkpoint", "examples/01_digits/matcher.safetensors", "--prefix", "fusion.", "--heads", "4", "--out", "build/demo")
+FIRST = (
+    "--checkpoint",
+    "examples/01_digits/matcher.safetensors",
+    "--prefix",
+    "fusion.",
+    "--heads",
+    "4",
+    "--out",
+    "build/first",
+)
 
 
 def consumer(where: Path, prefix: Path) -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from support.layers import make_spec
 
-from bca_deploy.bundle.manifest import Manifest, ModelEntry, ParityEntry
+from bca_deploy.bundle.manifest import LayerEntry, Manifest, ModelEntry, ParityEntry
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import seal
 from bca_deploy.signature import DimRange, Dims, Signature, Tensor
@@ -79,7 +79,7 @@ def make_bundle(directory: Path, signature: Signature = SIGNATURE) -> Bundle:
     # The layer and its interface are another model's: nothing that runs a bundle reads them for what goes in and out.
     manifest = Manifest(
         format=1,
-        layer=make_spec(),
+        layers=(LayerEntry(path="", spec=make_spec(), lowering="fused"),),
         interface=Interface(),
         signature=signature,
         models=(model,),
