@@ -14,6 +14,8 @@ WEIGHTS_FILE = "weights.safetensors"
 SELFTEST_FILE = "selftest.npz"
 EXPECT_FILE = "expect.npz"
 PARITY_FILE = "parity.json"
+SAMPLES_FILE = "samples.npz"
+MODEL_FILE = "model.json"
 BUILD_FILE = "build.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -58,6 +58,10 @@ ProfileFlag = Annotated[
     list[str] | None,
     typer.Option(help="Optimization profile as batch=1:1:4,x_len=1:128:512; give it again for more. [default: the dims]"),
 ]
+ModelFlag = Annotated[
+    str | None,
+    typer.Option(help="A whole model: pkg.module:factory or file.py:factory. Runs that code, which is yours."),
+]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory, or its .bca archive.")]
 PrecisionFlag = Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the model. [default: best]")]
 BackendFlag = Annotated[

@@ -9,6 +9,7 @@ import typer
 from bca_deploy.cli.common import (
     EngineFlag,
     JsonFlag,
+    ModelFlag,
     ProfileFlag,
     TargetFlag,
     VerboseFlag,
@@ -34,10 +35,7 @@ if TYPE_CHECKING:
 @export_app.command()
 @app.command("export")
 def export_command(  # noqa: PLR0913  (one parameter per option)
-    model: Annotated[
-        str | None,
-        typer.Option(help="A whole model: pkg.module:factory or file.py:factory. Runs that code, which is yours."),
-    ] = None,
+    model: ModelFlag = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Trained weights: .pt, .pth or .safetensors. Seeded weights, or the factory's, where absent."),

@@ -9,6 +9,7 @@ from bca_deploy.cli.common import (
     BundleArgument,
     EngineFlag,
     JsonFlag,
+    ModelFlag,
     ProfileFlag,
     TargetFlag,
     VerboseFlag,
@@ -20,6 +21,7 @@ from bca_deploy.cli.common import (
     show_engines,
     with_settings,
 )
+from bca_deploy.errors import InputError
 
 
 @app.command("build")
@@ -70,7 +72,8 @@ def _show_entry(entry: Any, bundle: Path, as_json: bool) -> None:
 def refit_command(
     bundle: BundleArgument,
     checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer: .pt, .pth or .safetensors.")],
-    prefix: Annotated[str, typer.Option(help="Where the layer is inside a bigger checkpoint.")] = "",
+    prefix: Annotated[str, typer.Option(help="Where the layer, or the model, is inside a bigger checkpoint.")] = "",
+    model: ModelFlag = None,
     expect: Annotated[Path | None, typer.Option(help="Sample .npz of the new weights, in place of the bundle's.")] = None,
     drop_expect: Annotated[bool, typer.Option("--drop-expect", help="Go without the bundle's sample of the old.")] = False,
     as_json: JsonFlag = False,
@@ -86,23 +89,39 @@ def refit_command(
         from bca_deploy.cli import console
 
         with console.progress() as progress:
-            verdicts = refitting.refit(
-                bundle, checkpoint, prefix=prefix, sample=expect, drop_sample=drop_expect, progress=progress
-            )
+            made = need("whole.factory").make(model) if model else None
+            options = {"prefix": prefix, "model": made, "sample": expect, "drop_sample": drop_expect}
+            verdicts = refitting.refit(bundle, checkpoint, **options, progress=progress)
         console.show_verdicts(verdicts, as_json, bundle)
+
+
+def _made(model: str | None, checkpoint: Path | None) -> Any:
+    """Return a whole model with its weights; None where there is none."""
+    if model is None:
+        if checkpoint is not None:
+            raise InputError("--checkpoint is loaded into a whole model; give --model, too")
+        return None
+    factory = need("whole.factory")
+    made = factory.make(model)
+    if checkpoint is not None:
+        factory.load_into(made, checkpoint)
+    return made
 
 
 @app.command("verify")
 def verify_command(
     bundle: BundleArgument,
     inputs: Annotated[list[Path] | None, typer.Option(help="Your own inputs, .npz; give it again for more.")] = None,
+    model: ModelFlag = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to load into --model.")] = None,
     parity: Annotated[Literal["quick", "full"], typer.Option(help="Which parity matrix.")] = "full",
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
     """Hold a bundle against PyTorch again.
 
-    Checks every hash, the self-test, the parity matrix, and your own inputs where given.
+    Checks every hash, the self-test, the parity matrix, and your own inputs where given. Of a whole model the cases that the
+    bundle keeps; with --model the matrix is drawn anew.
 
     Exit codes: 0 passed, 1 parity failed, 2 bad input or damaged bundle.
     """
@@ -111,7 +130,8 @@ def verify_command(
         from bca_deploy.cli import console
 
         with console.progress() as progress:
-            verdicts = verification.verify(bundle, inputs=inputs or (), scope=parity, progress=progress)
+            made = _made(model, checkpoint)
+            verdicts = verification.verify(bundle, inputs=inputs or (), model=made, scope=parity, progress=progress)
         console.show_verdicts(verdicts, as_json, bundle)
         if not all(verdicts):
             raise typer.Exit(1)

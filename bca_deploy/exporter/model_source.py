@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,29 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bca_deploy.bundle.manifest import LayerEntry, ModelLowering, ProofEntry
-from bca_deploy.errors import InputError
-from bca_deploy.exporter.recipe import ModelTable, Recipe
+from bca_deploy.bundle.manifest import (
+    MODEL_FILE,
+    SAMPLES_FILE,
+    LayerEntry,
+    ModelEntry,
+    ModelLowering,
+    ProofEntry,
+    precisions,
+)
+from bca_deploy.bundle.read import Bundle
+from bca_deploy.bundle.write import write_json
+from bca_deploy.errors import BundleError, InputError
+from bca_deploy.exporter.recipe import DimsTable, ModelTable, Recipe
 from bca_deploy.exporter.source import Made, package_version
+from bca_deploy.files import read_arrays
 from bca_deploy.layers.lowered_model import DTYPES
+from bca_deploy.parity.cases import Scope
+from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress
 from bca_deploy.signature import Dims, DType, Signature, Tensor
-from bca_deploy.spec import Interface, Precision, Runtime
+from bca_deploy.spec import DTYPE_OF, EXTERNAL_DATA_BYTES, Interface, Precision, Runtime
 from bca_deploy.tracing.graph import Traceable, convert, remove_dead, write
-from bca_deploy.tracing.half import widen
+from bca_deploy.tracing.half import round_outputs, widen
 from bca_deploy.tracing.program import Program
 from bca_deploy.whole.axes import axes_of, ranges_of
 from bca_deploy.whole.find import Found, find
@@ -41,6 +54,8 @@ Arrays = dict[str, NDArray[Any]]
 _SIZES = (3, 6, 5, 7, 9, 10, 11, 13, 17, 19, 21, 23)
 # Graphs that draw numbers never give the same twice.
 _RANDOM = ("Random", "Bernoulli", "Multinomial")
+# Of what was said of a model, what the bundle keeps: its axes are the signature's.
+_KEPT = ("masks", "ranges", "keep_literal", "allow_none")
 # Cases kept in the bundle beside the user's own.
 _KEPT_SEED = 1_000
 
@@ -54,6 +69,7 @@ class ModelSource:
         subject: the model, its layers and its inputs.
         samples: the user's.
         signature: what it takes and gives.
+        table: what was said of the inputs.
         guessed: the dimensions whose ranges nobody gave.
         tries: sizes that the trace leaves in doubt, so that they must be run.
     """
@@ -62,6 +78,7 @@ class ModelSource:
     subject: "Subject"
     samples: tuple[Sample, ...]
     signature: Signature
+    table: ModelTable
     guessed: tuple[str, ...]
     tries: tuple[Mapping[str, int], ...]
     _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -158,7 +175,17 @@ class ModelSource:
         return found | {f"{place}/bound/{name}": np.array(bound) for name, bound in bounds.items()}
 
     def write_files(self, directory: Path) -> None:
-        """Nothing: the weights are in the models."""
+        """Write the user's samples and what was said of them: with the code, the models can be made again."""
+        arrays = {f"{number}/{name}": t.numpy() for number, sample in enumerate(self.samples) for name, t in sample.items()}
+        np.savez(directory / SAMPLES_FILE, **arrays)  # type: ignore[arg-type]
+        write_json(directory / MODEL_FILE, self.table.model_dump(mode="json", include=set(_KEPT)))
+
+    def judge_file(self, path: Path, model: ModelEntry, scope: Scope, on_case: Callable[[int, int], None]) -> Verdict:
+        """Hold a written model of this bundle against the model, on its outputs alone."""
+        subject = judge.Subject(path, None, model.precision, model.keep_io_types)
+        cases = cases_of(self.subject.draws, self.signature, self.samples, scope, self.tries)
+        arrays = {case: inputs_of(case, self.subject.draws, self.samples, model.precision) for case in cases}
+        return judge.judge(subject, self._yardstick(model.precision), arrays, scope, on_case)
 
 
 def _layer_entry(found: Found, use: Use) -> LayerEntry:
@@ -203,7 +230,34 @@ def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress:
     refined = Laboratory(plain, Evaluator(plain, (), torch.float64), draws).refine(signature)
     _check_largest(Evaluator(plain, (), torch.float32), draws, refined)
     tries = _tries(program)
-    return ModelSource(type(model).__name__, subject, samples, refined, guessed, tries, _traced={recipe.opset: graph})
+    return ModelSource(type(model).__name__, subject, samples, refined, table, guessed, tries, _traced={recipe.opset: graph})
+
+
+def read_again(bundle: Bundle, model: nn.Module, progress: Progress) -> tuple[Recipe, ModelSource]:
+    """Return how a bundle was made, and the same model with the weights that it has now; errors as for :func:`read_model`.
+
+    Raises:
+        BundleError: the bundle is of a bare layer.
+    """
+    manifest, first = bundle.manifest, bundle.manifest.models[0]
+    if manifest.interface is not None:
+        raise BundleError(f"{bundle.source} holds a bare layer, with its weights; --model is for whole models")
+    said = json.loads(bundle.path(MODEL_FILE).read_text(encoding="utf-8"))
+    axes = {tensor.name: tensor.axes for tensor in manifest.signature.inputs}
+    recipe = Recipe(
+        model=ModelTable(**{**said, "axes": axes}),
+        dims=DimsTable(**manifest.signature.dims),
+        opset=first.opset,
+        precision=precisions(manifest),
+        keep_io_types=first.keep_io_types,
+        parity=first.parity.scope,
+        external_data_bytes=0 if first.external_data else EXTERNAL_DATA_BYTES,
+    )
+    samples: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, array in read_arrays(bundle.path(SAMPLES_FILE)).items():
+        number, _, argument = name.partition("/")
+        samples.setdefault(number, {})[argument] = array
+    return recipe, read_model(model, list(samples.values()), recipe, progress)
 
 
 def _tries(program: Program) -> tuple[Mapping[str, int], ...]:
@@ -269,6 +323,8 @@ class Subject:
         _refuse_random_nodes(graph)
         if precision != "fp32":
             widen(graph)
+        if edge != torch.float32:
+            round_outputs(graph, ir.DataType[DTYPE_OF[precision].upper()])
         return graph, program
 
     @property

@@ -139,8 +139,8 @@ def source_of(bundle: Bundle) -> LayerSource:
     manifest = bundle.manifest
     if manifest.interface is None:
         raise BundleError(
-            f"{bundle.source} holds the whole model {manifest.source}, and not its code; export the model again with what you "
-            "need"
+            f"{bundle.source} holds the whole model {manifest.source}, and not its code; give the code as well (bca "
+            "refit and bca verify: --model pkg.module:factory), or export the model again with what you need"
         )
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
     lowering = manifest.layers[0].lowering

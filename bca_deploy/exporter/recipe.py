@@ -129,7 +129,7 @@ class Recipe(_Table):
     seed: int = 0
     engine: EngineTable | None = None
     #: ``[[profile]]``: the ranges of one optimization profile; a dimension left out has the range of ``[dims]``.
-    profile: tuple[dict[str, DimRange], ...] = ()
+    profile: tuple[dict[str, Range], ...] = ()
 
     @property
     def ranges(self) -> Dims:

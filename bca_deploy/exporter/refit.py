@@ -1,7 +1,11 @@
 """`bca refit`: new weights for the same layer, through the whole bundle: models, parity, self-test and engines together."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+from torch import nn
 
 from bca_deploy.bundle.engine_options import EngineTable
 from bca_deploy.bundle.manifest import EXPECT_FILE, EngineEntry, Manifest, ModelEntry, model_of
@@ -15,12 +19,14 @@ from bca_deploy.engines.compile import compile_engine
 from bca_deploy.errors import EngineError, InputError
 from bca_deploy.exporter import models
 from bca_deploy.exporter.layer_source import LayerSource
+from bca_deploy.exporter.model_source import read_again
 from bca_deploy.exporter.plan import Plan, recipe_of, source_of
 from bca_deploy.layers.checkpoint import Checkpoint, load
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.parity import user_sample
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress, Silent
+from bca_deploy.whole.factory import load_into
 
 
 @plain_torch()
@@ -29,6 +35,7 @@ def refit(
     checkpoint: str | Path,
     *,
     prefix: str = "",
+    model: nn.Module | None = None,
     sample: str | Path | None = None,
     drop_sample: bool = False,
     progress: Progress | None = None,
@@ -40,7 +47,8 @@ def refit(
     Args:
         bundle: its directory or archive; it is replaced whole, or not at all.
         checkpoint: the new weights; the layer must be the same.
-        prefix: where the layer is inside a bigger checkpoint.
+        prefix: where the layer, or the whole model, is inside a bigger checkpoint.
+        model: a whole model, whose code is not in its bundle; the checkpoint is loaded, strictly, into a copy.
         sample: ``.npz`` of inputs and outputs of the new weights, in place of the one that the bundle keeps.
         drop_sample: go without, though the bundle keeps one of the old weights.
         progress: told about stages and cases.
@@ -53,18 +61,38 @@ def refit(
     """
     clock = Clock(progress or Silent())
     with revised(Path(bundle)) as (opened, directory):
-        layer = _layer(opened, Path(checkpoint), prefix, sample, drop_sample)
-        plan = Plan(recipe_of(opened), layer, opened.directory, force=True)
+        plan, make = _work(opened, Path(checkpoint), prefix, model, (sample, drop_sample), clock)
         plans = [(entry, _engine_plan(entry, opened.manifest)) for entry in opened.manifest.engines]
         (directory / EXPECT_FILE).unlink(missing_ok=True)
         plan.source.write_files(directory)
-        made = [_refitted(plan, layer, model, directory, clock) for model in opened.manifest.models]
+        made = [make(entry, directory) for entry in opened.manifest.models]
         manifest = models.finish(plan, made, directory, clock)
         models.refuse_failures(verdict for _, verdict in made)
         for entry, wanted in plans:
             manifest = _renew(directory, manifest, entry, wanted, clock)
         write_build(directory, {"seconds": clock.seconds})
     return tuple(verdict for _, verdict in made)
+
+
+#: Puts the new weights into one staged model, and judges it.
+_Make = Callable[[ModelEntry, Path], tuple[ModelEntry, Verdict]]
+
+
+def _work(
+    bundle: Bundle, path: Path, prefix: str, model: nn.Module | None, kept: tuple[str | Path | None, bool], clock: Clock
+) -> tuple[Plan, _Make]:
+    """Return the plan of the bundle with the new weights, and what makes its models."""
+    if model is None:
+        layer = _layer(bundle, path, prefix, *kept)
+        plan = Plan(recipe_of(bundle), layer, bundle.directory, force=True)
+        return plan, lambda entry, directory: _refitted(plan, layer, entry, directory, clock)
+    renewed = copy.deepcopy(model)
+    load_into(renewed, path, prefix)
+    recipe, source = read_again(bundle, renewed, clock.progress)
+    if [(e.path, e.spec) for e in source.layers] != [(e.path, e.spec) for e in bundle.manifest.layers]:
+        raise InputError("the model has other layers than the bundle; export it as a new bundle")
+    whole = Plan(recipe, source, bundle.directory, force=True)
+    return whole, lambda entry, directory: models.make_model(whole, entry.precision, entry.runtime, directory, clock)
 
 
 def _refitted(plan: Plan, layer: LayerSource, model: ModelEntry, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:

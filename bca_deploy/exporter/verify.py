@@ -8,11 +8,13 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
+from torch import nn
 
 from bca_deploy.bundle import selftest
 from bca_deploy.bundle.manifest import EXPECT_FILE, SELFTEST_FILE, ModelEntry
 from bca_deploy.bundle.read import Bundle, reading, safe_path
 from bca_deploy.errors import BundleError, InputError, ParityError, check_one_of
+from bca_deploy.exporter.model_source import read_again
 from bca_deploy.exporter.plan import checkpoint_of
 from bca_deploy.files import read_arrays
 from bca_deploy.layers.isolation import plain_torch
@@ -31,6 +33,7 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     inputs: Iterable[str | Path] = (),
+    model: nn.Module | None = None,
     scope: Scope = "full",
     progress: Progress | None = None,
 ) -> tuple[Verdict, ...]:
@@ -39,6 +42,8 @@ def verify(
     Args:
         bundle: an open bundle, or its path.
         inputs: ``.npz`` files with the user's own inputs, named as the model's; outputs that are there are checked too.
+        model: a whole model with the bundle's weights, to draw the parity matrix anew; without it the cases that the bundle
+            keeps are run.
         scope: which parity matrix.
         progress: told about stages and cases.
 
@@ -53,8 +58,10 @@ def verify(
     check_one_of("scope", scope, get_args(Scope))
     if not isinstance(bundle, Bundle):
         with Bundle.open(bundle) as opened:
-            return verify(opened, inputs=inputs, scope=scope, progress=progress)
+            return verify(opened, inputs=inputs, model=model, scope=scope, progress=progress)
     progress = progress or Silent()
+    if model is not None:
+        return _verify_with(bundle, model, scope, progress)
     if bundle.manifest.interface is None:
         return _verify_whole(bundle, list(inputs), progress)
     spec, interface = bundle.manifest.layers[0].spec, bundle.manifest.interface
@@ -84,6 +91,19 @@ def _verify_model(
     own = judge_inputs(subject, samples) if samples else None
     verdict = judge(subject, scope, progress.steps)
     return verdict if own is None else verdict.joined(own)  # a failed verdict is false
+
+
+def _verify_with(bundle: Bundle, model: nn.Module, scope: Scope, progress: Progress) -> tuple[Verdict, ...]:
+    """Hold the models of a whole model against its code."""
+    _, source = read_again(bundle, model, progress)
+    verdicts = []
+    for entry in bundle.manifest.models:
+        path = bundle.path(entry.file)
+        _check_external_data(bundle, path)
+        progress.stage(f"parity {path.stem}")
+        _run_selftest(bundle, entry, path)
+        verdicts.append(source.judge_file(path, entry, scope, progress.steps))
+    return tuple(verdicts)
 
 
 def _verify_whole(bundle: Bundle, inputs: list[str | Path], progress: Progress) -> tuple[Verdict, ...]:

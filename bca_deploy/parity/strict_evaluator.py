@@ -37,6 +37,13 @@ class Softmax(OpRun):
         return ((powers / powers.sum(axis=axis, keepdims=True)).astype(x.dtype),)
 
 
+class Sigmoid(OpRun):
+    """Sigmoid rounded once: onnx's own rounds at every step."""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return ((1 / (1 + np.exp(-_wide(x)))).astype(x.dtype),)
+
+
 class ReduceSum(OpRun):
     """Sum with float32 accumulation; the total still has to fit the declared dtype."""
 
@@ -59,7 +66,7 @@ class LayerNormalization(OpRun):
         return (normal if bias is None else normal + bias).astype(x.dtype), mean, inverse
 
 
-_OPERATORS = [MatMul, Softmax, ReduceSum, LayerNormalization]
+_OPERATORS = [MatMul, Softmax, Sigmoid, ReduceSum, LayerNormalization]
 
 
 def strict_runner(model: onnx.ModelProto) -> Callable[[Mapping[str, Array]], dict[str, Array]]:

@@ -340,3 +340,16 @@ def _graph(value: ir.Value) -> ir.Graph:
     graph = value.graph if maker is None else maker.graph
     assert isinstance(graph, ir.Graph)  # noqa: S101  (of a model whose functions are inlined)
     return graph
+
+
+def round_outputs(model: ir.Model, dtype: ir.DataType) -> None:
+    """Give every floating-point output of the graph this type: the exporter drops a last Cast behind some sums."""
+    for index, value in enumerate(model.graph.outputs):
+        if value.dtype != ir.DataType.FLOAT or dtype == ir.DataType.FLOAT:
+            continue
+        cast = ir.node("Cast", [value], {"to": dtype.value}, name=f"{value.name}_rounded")
+        rounded, name = cast.outputs[0], value.name
+        rounded.type, rounded.shape = ir.TensorType(dtype), value.shape
+        model.graph.append(cast)
+        model.graph.outputs[index] = rounded
+        value.name, rounded.name = f"{name}_wide", name

@@ -30,13 +30,13 @@ class Subject:
 
     Attributes:
         path: of the model, which is kept.
-        tapped: of the same with every layer's outputs, which is not.
+        tapped: of the same with every layer's outputs, which is not; None where only the model's own are judged.
         precision: what they compute in.
         keep_io_types: whether their edges are float32 whatever the precision.
     """
 
     path: Path
-    tapped: Path
+    tapped: Path | None
     precision: Precision
     keep_io_types: bool
 
@@ -85,7 +85,10 @@ def judge(
 def _runners(subject: Subject) -> dict[str, Runner]:
     """Return for each runtime what gives the model's outputs, and those of its layers from the tapped graph."""
     runtimes = on_cpu(subject.precision)
-    own, tapped = runtimes(subject.path), runtimes(subject.tapped)
+    own = runtimes(subject.path)
+    if subject.tapped is None:
+        return own
+    tapped = runtimes(subject.tapped)
 
     def both(name: str) -> Runner:
         return lambda inputs: {**tapped[name](inputs), **own[name](inputs)}
@@ -98,5 +101,7 @@ def _results(case: str, runtime: str, outputs: Arrays | str, hearings: Mapping[s
         if isinstance(outputs, str):
             yield hearing.trial.judge(case, "every output", "plain", runtime, outputs)
             return
+        if name not in outputs:  # of a layer, and no graph was made to tell
+            continue
         family = name.rsplit("/", 2)[0] if "/" in name else name  # of a layer both outputs, and all of its calls
         yield hearing.trial.judge(case, family, "plain", runtime, {name: hearing.shown(np.asarray(outputs[name]))})

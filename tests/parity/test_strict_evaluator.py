@@ -65,3 +65,10 @@ def test_softmax_of_a_long_bfloat16_row_sums_to_one() -> None:
     """A sum that is rounded at every step stops at 256 in bfloat16."""
     got = one_node("Softmax", {"x": np.zeros((1, 4096), ml_dtypes.bfloat16)})
     np.testing.assert_allclose(got.astype(np.float64).sum(), 1.0, rtol=1e-2)
+
+
+def test_a_sigmoid_is_rounded_once() -> None:
+    x = np.linspace(-10, 10, 2001).astype(np.float16)
+    got = one_node("Sigmoid", {"x": x})
+    assert got.dtype == np.float16
+    np.testing.assert_array_equal(got, (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float16))

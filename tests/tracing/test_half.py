@@ -21,7 +21,7 @@ from bca_deploy.layers.lowered_model import lower
 from bca_deploy.parity.runners import Runner, ort_runner, strict_runner_of
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, layer_signature
 from bca_deploy.tracing.graph import trace
-from bca_deploy.tracing.half import widen
+from bca_deploy.tracing.half import round_outputs, widen
 
 Array = np.ndarray
 Body = Callable[[Tensor, Tensor], Tensor]
@@ -421,3 +421,17 @@ def test_a_widened_graph_is_widened_already() -> None:
     before = ir.to_proto(once).SerializeToString()
     widen(once)
     assert ir.to_proto(once).SerializeToString() == before
+
+
+def test_outputs_that_the_exporter_left_wide_are_rounded_under_their_names() -> None:
+    x = ir.val("x", ir.DataType.FLOAT16, [2, 3])
+    up = ir.node("Cast", [x], {"to": ir.DataType.FLOAT.value})
+    up.outputs[0].type, up.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), x.shape
+    total = ir.node("ReduceSum", [up.outputs[0]], {"keepdims": 1})
+    total.outputs[0].name, total.outputs[0].type = "total", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], [total.outputs[0]], nodes=[up, total], opset_imports={"": 18}, name="sum")
+    model = ir.Model(graph, ir_version=10)
+    round_outputs(model, ir.DataType.FLOAT16)
+    (output,) = model.graph.outputs
+    assert (output.name, output.dtype) == ("total", ir.DataType.FLOAT16)
+    assert [node.op_type for node in model.graph] == ["Cast", "ReduceSum", "Cast"]

@@ -52,10 +52,9 @@ def test_a_finite_bias_is_added() -> None:
     torch.testing.assert_close(got, functional.scaled_dot_product_attention(q, k, v, bias), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_lowest_number_in_a_mask_is_a_number(dtype: torch.dtype) -> None:
-    q, k, v = tensors(dtype)
-    given = torch.where(mask(), 0.0, torch.finfo(dtype).min).to(dtype)
+def test_the_lowest_number_in_a_mask_is_a_number() -> None:
+    q, k, v = tensors()
+    given = torch.where(mask(), 0.0, torch.finfo(torch.float32).min)
     with ZerosWithoutKeys():
         got = functional.scaled_dot_product_attention(q, k, v, given)
     torch.testing.assert_close(got, functional.scaled_dot_product_attention(q, k, v, given), atol=1e-6, rtol=0)

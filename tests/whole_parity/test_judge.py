@@ -244,9 +244,9 @@ def test_a_model_that_works_in_place_leaves_the_inputs_as_they_are() -> None:
 
 
 class Encoded(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
-        block = nn.TransformerEncoderLayer(DIM, 3, 48, batch_first=True)
+        block = nn.TransformerEncoderLayer(DIM, heads, 48, batch_first=True)
         self.encoder = nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
         self.attend = BidirectionalCrossAttention(**SMALL)
 
@@ -255,8 +255,9 @@ class Encoded(nn.Module):
 
 
 @pytest.mark.slow
-def test_an_encoder_s_item_that_is_all_padding_is_told_and_does_not_fail(tmp_path: Path) -> None:
-    source = read_model(seeded(Encoded), pair(), recipe(), Silent())
+@pytest.mark.parametrize(("heads", "told"), [(2, True), (3, False)])  # PyTorch's fast path takes even numbers alone
+def test_an_encoder_s_item_that_is_all_padding_is_told_and_does_not_fail(heads: int, told: bool, tmp_path: Path) -> None:
+    source = read_model(seeded(lambda: Encoded(heads)), pair(), recipe(), Silent())
     verdict = made(source, tmp_path)
     assert verdict, verdict.failures[:3]
-    assert any("PyTorch itself" in note and "nothing is judged there" in note for note in verdict.notes)
+    assert told == any("PyTorch itself gives NaN in some cases, and nothing" in note for note in verdict.notes)
