@@ -183,9 +183,9 @@ def test_a_refit_takes_new_weights_with_the_code_and_is_judged(encoders: Exporte
     checkpoint = weights(other, tmp_path / "new.pt")
     with pytest.raises(BundleError, match="give the code as well"):
         bca_deploy.refit(bundle, checkpoint)
-    before = encoders.model.state_dict()["head.weight"].clone()
+    before = encoders.model.state_dict()["head.0.weight"].clone()
     assert all(bca_deploy.refit(bundle, checkpoint, model=encoders.model))
-    assert torch.equal(encoders.model.state_dict()["head.weight"], before)
+    assert torch.equal(encoders.model.state_dict()["head.0.weight"], before)
     refitted = Exported(other, Bundle.open(bundle), encoders.requests)
     with bca_deploy.open(bundle) as session:
         session.selftest()

@@ -76,7 +76,7 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
     """Print what an export would do."""
     recipe = plan.recipe
     content: dict[str, Any] = {
-        "weights": str(checkpoint) if checkpoint else f"seeded ({recipe.seed})",
+        "weights": str(checkpoint) if checkpoint else _own_weights(plan),
         **_what(plan.source),
         "lowering": plan.source.lowering,
         "opset": recipe.opset,
@@ -105,7 +105,19 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
     for name, value in content.items():
         table.add_row(name, str(value) if not isinstance(value, list) else ", ".join(value))
     _out.print(table)
+    show_guesses(plan)
     _out.print("dry run: nothing was written")
+
+
+def _own_weights(plan: "Plan") -> str:
+    return "the model's own" if plan.source.interface is None else f"seeded ({plan.recipe.seed})"
+
+
+def show_guesses(plan: "Plan") -> None:
+    """Say which ranges nobody gave, on standard error."""
+    for name in plan.source.guessed:
+        found = plan.source.signature.dims[name]
+        _err.print(f"{name} {found.min} to {found.max}: from the samples; --dim {name}=MIN:OPT:MAX says another range")
 
 
 def _what(source: "Source") -> dict[str, Any]:

@@ -167,6 +167,7 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
         with console.progress() as progress:
             verdicts = pipeline.run(plan, progress, keep_failed)
         console.show_verdicts(verdicts, as_json, plan.out)
+        console.show_guesses(plan)
         if plan.engine is not None and not as_json:
             show_engines(plan.out)
 

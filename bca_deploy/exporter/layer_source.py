@@ -60,6 +60,11 @@ class LayerSource:
         return (LayerEntry(path="", spec=self.checkpoint.spec, lowering=self.lowering),)
 
     @property
+    def guessed(self) -> tuple[str, ...]:
+        """None: what nobody gives has documented ranges."""
+        return ()
+
+    @property
     def adaptable(self) -> bool:
         """Models of further precisions can be made from the bundle alone."""
         return True

@@ -49,6 +49,10 @@ class Source(Protocol):
         """The optional inputs and outputs of the bare layer; None for a whole model."""
 
     @property
+    def guessed(self) -> tuple[str, ...]:
+        """The dimensions whose ranges nobody gave."""
+
+    @property
     def lowering(self) -> ModelLowering:
         """The form of the attention in the graphs."""
 

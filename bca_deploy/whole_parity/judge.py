@@ -72,7 +72,7 @@ def judge(
 
     with one_thread():
         results = run_all(run, list(arrays), on_case)
-    verdict = verdict_of(subject.path.stem, subject.precision, scope, results, 0.0)
+    verdict = verdict_of(subject.path.stem, subject.precision, scope, results, yardstick.weight_rounding())
     notes = [f"{name}: PyTorch itself gives NaN in some cases, and nothing is judged there" for name in sorted(undefined)]
     silent = [
         f"{name}: PyTorch itself gives NaN everywhere, so that nothing is judged"

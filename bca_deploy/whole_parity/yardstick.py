@@ -13,12 +13,15 @@ from torch import nn
 from bca_deploy.errors import InputError
 from bca_deploy.layers.lowered_model import DTYPES
 from bca_deploy.parity.trial import ROUNDOFF_FACTOR, Trial, allowed_error
-from bca_deploy.parity.truth import ORDERS
+from bca_deploy.parity.truth import ORDERS, mean_square
 from bca_deploy.spec import UNIT_ROUNDOFF, Precision
 from bca_deploy.whole.find import Found
 from bca_deploy.whole_parity.evaluate import Evaluation, Evaluator, largest_logit, live_of
 
 Arrays = dict[str, NDArray[Any]]
+
+# How many cases tell what rounding the weights does.
+_CHANGES = 4
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Yardstick:
         dtype = DTYPES[precision]
         rounded = copy.deepcopy(model).to(dtype)
         self.precision = precision
+        self._unrounded = Evaluator(copy.deepcopy(model).to(torch.float64), (), torch.float64)
+        self._changes: list[float] = []
         self._exact = Evaluator(rounded.to(torch.float64), founds, torch.float64)
         self._rounded = Evaluator(rounded.to(dtype), founds, dtype)
         self._layers = {found.path: found.checkpoint.module(torch.float64) for found in founds}
@@ -73,6 +78,8 @@ class Yardstick:
         truth = self._exact.run(inputs)
         peers = [self._rounded.run(inputs), *(self._rounded.run(inputs, order) for order in range(orders))]
         peers.append(self._rounded.run_as_usual(inputs))
+        if len(self._changes) < _CHANGES:
+            self._changes.append(self._change(inputs, truth))
         live, slack = live_of(truth), self._slack(truth)
         taps = [peer.with_taps() for peer in peers]
         return {name: _hearing(name, true, taps, live[name], slack) for name, true in truth.with_taps().items()}
@@ -81,6 +88,19 @@ class Yardstick:
         """Return the float64 outputs, and the largest error that the per-case rule allows for each."""
         own, hearings = self._exact.run(inputs).outputs, self.hearings(inputs, ORDERS)
         return own, {name: _bound(name, hearings[name].trial) for name in own}
+
+    def weight_rounding(self) -> float:
+        """Return the RMS change of the outputs, relative, that rounding the weights makes in the first cases."""
+        return float(np.mean(self._changes)) if self._changes else 0.0
+
+    def _change(self, inputs: Arrays, truth: Evaluation) -> float:
+        if self.precision == "fp32":
+            return 0.0
+        exact = self._unrounded.run(inputs).outputs
+        pairs = [
+            (np.nan_to_num(truth.outputs[name].astype(float)), np.nan_to_num(a.astype(float))) for name, a in exact.items()
+        ]
+        return float(np.sqrt(np.mean([np.mean((rounded - a) ** 2) / mean_square(a) for rounded, a in pairs])))
 
     def _slack(self, truth: Evaluation) -> float:
         """As :func:`bca_deploy.parity.trial.roundoff_slack`, with the model's widest product."""
