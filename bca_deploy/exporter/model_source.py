@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,27 @@ from bca_deploy.errors import BundleError, InputError
 from bca_deploy.exporter.recipe import DimsTable, ModelTable, Recipe
 from bca_deploy.exporter.source import Made, package_version
 from bca_deploy.files import read_arrays
-from bca_deploy.layers.lowered_model import DTYPES
 from bca_deploy.parity.cases import Scope
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress
-from bca_deploy.signature import Dims, DType, Signature, Tensor
-from bca_deploy.spec import DTYPE_OF, EXTERNAL_DATA_BYTES, Interface, Precision, Runtime
-from bca_deploy.tracing.graph import Traceable, convert, remove_dead, write
-from bca_deploy.tracing.half import round_outputs, widen
+from bca_deploy.signature import DType, Signature, Tensor
+from bca_deploy.spec import EXTERNAL_DATA_BYTES, Interface, Precision, Runtime
+from bca_deploy.tracing.graph import remove_dead, write
 from bca_deploy.tracing.program import Program
 from bca_deploy.whole.axes import axes_of, ranges_of
+from bca_deploy.whole.draws import PATTERNS, Draws, draws_of
 from bca_deploy.whole.find import Found, find
-from bca_deploy.whole.samples import Sample, cast, named_outputs, named_sample, rooted
-from bca_deploy.whole.swap import Use, plain_copy, swap, uses_of
+from bca_deploy.whole.samples import Sample, named_outputs, named_sample
+from bca_deploy.whole.swap import Use, plain_copy, uses_of
+from bca_deploy.whole.traceable import Subject, distinct_sizes
 from bca_deploy.whole_parity import judge
 from bca_deploy.whole_parity.cases import Case, cases_of, inputs_of
-from bca_deploy.whole_parity.draws import PATTERNS, Draws, draws_of
 from bca_deploy.whole_parity.evaluate import Evaluator
 from bca_deploy.whole_parity.traits import Laboratory
 from bca_deploy.whole_parity.yardstick import Yardstick, refuse_random
 
 Arrays = dict[str, NDArray[Any]]
 
-# Sizes to trace with.
-_SIZES = (3, 6, 5, 7, 9, 10, 11, 13, 17, 19, 21, 23)
-# Graphs that draw numbers never give the same twice.
-_RANDOM = ("Random", "Bernoulli", "Multinomial")
 # Of what was said of a model, what the bundle keeps: its axes are the signature's.
 _KEPT = ("masks", "ranges", "keep_literal", "allow_none")
 # Cases kept in the bundle beside the user's own.
@@ -75,7 +70,7 @@ class ModelSource:
     """
 
     name: str
-    subject: "Subject"
+    subject: Subject
     samples: tuple[Sample, ...]
     signature: Signature
     table: ModelTable
@@ -133,7 +128,7 @@ class ModelSource:
 
     def _graph(self, precision: Precision, runtime: Runtime, recipe: Recipe) -> ir.Model:
         first = self._traced.pop(recipe.opset, None) if (precision, runtime) == ("fp32", "portable") else None
-        model = first or self.subject.graph(precision, runtime, recipe)[0]
+        model = first or self.subject.graph(precision, runtime, recipe.opset, recipe.keep_io_types)[0]
         model.metadata_props.update(self._metadata(precision))
         return model
 
@@ -159,7 +154,7 @@ class ModelSource:
         return arrays
 
     def _kept(self) -> list[Case]:
-        sizes = tuple(_distinct(self.signature.dims).items())
+        sizes = tuple(distinct_sizes(self.signature.dims).items())
         patterns = PATTERNS if self.subject.draws.masks else PATTERNS[:1]
         drawn = [Case(pattern, sizes, pattern, _KEPT_SEED) for pattern in patterns]
         return [*(Case(f"sample {number + 1}", sample=number) for number in range(len(self.samples))), *drawn]
@@ -224,7 +219,7 @@ def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress:
     progress.stage("trace")
     outputs = _outputs(plain, samples[0])
     subject = Subject(plain, founds, uses, draws, dims, tuple(outputs))
-    graph, program = subject.graph("fp32", "portable", recipe)
+    graph, program = subject.graph("fp32", "portable", recipe.opset, recipe.keep_io_types)
     kinds = zip(outputs.items(), program.outputs, strict=False)  # those of layers come after
     signature = Signature(tensors, tuple(Tensor(name, kind, shape) for (name, kind), shape in kinds), dims)
     refined = Laboratory(plain, Evaluator(plain, (), torch.float64), draws).refine(signature)
@@ -287,70 +282,6 @@ def _outputs(model: nn.Module, sample: Sample) -> dict[str, DType]:
     if not found:
         raise InputError("the model gives no tensor with the first sample; a graph has outputs that are tensors")
     return {f"{name}_out" if name in sample else name: _dtype(t) for name, t in found.items()}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with everything that a trace of it needs.
-
-    Attributes:
-        model: a plain copy.
-        founds: its layers.
-        uses: how it uses them, by path.
-        draws: of its inputs.
-        dims: the sizes of its dimensions.
-        outputs: names.
-    """
-
-    model: nn.Module
-    founds: tuple[Found, ...]
-    uses: Mapping[str, Use]
-    draws: Draws
-    dims: Dims
-    outputs: tuple[str, ...]
-
-    def graph(self, precision: Precision, runtime: Runtime, recipe: Recipe) -> tuple[ir.Model, Program]:
-        """Return the graph of the swapped model with its layers' outputs after its own, and what it was made from."""
-        swapped, inside = swap(self.model, self.founds, self.uses, precision, runtime), DTYPES[precision]
-        edge = torch.float32 if recipe.keep_io_types else inside
-        root = rooted(swapped.model, self._inputs, swapped.taps.tensors, inside, edge)
-        traceable = self._traceable(root, precision, edge)
-        with torch.no_grad():
-            root(**{name: t.clone() for name, t in traceable.inputs.items()})
-        swapped.check_called()
-        traceable = replace(traceable, outputs=(*self.outputs, *swapped.taps.tensors))
-        graph, program = convert(traceable, recipe.opset, runtime=runtime)
-        _refuse_random_nodes(graph)
-        if precision != "fp32":
-            widen(graph)
-        if edge != torch.float32:
-            round_outputs(graph, ir.DataType[DTYPE_OF[precision].upper()])
-        return graph, program
-
-    @property
-    def _inputs(self) -> list[str]:
-        return [tensor.name for tensor in self.draws.tensors]
-
-    def _traceable(self, root: nn.Module, precision: Precision, edge: torch.dtype) -> Traceable:
-        axes = {tensor.name: tensor.axes for tensor in self.draws.tensors}
-        arrays = self.draws.inputs(_distinct(self.dims), "padded", 0, precision)
-        inputs = {name: cast(torch.from_numpy(array), edge) for name, array in arrays.items()}
-        return Traceable(root, inputs, axes, self.dims, self.outputs)
-
-
-def _distinct(dims: Dims) -> dict[str, int]:
-    """Return a size of each dimension, none of them 1 and no two alike where the ranges allow it."""
-    found: dict[str, int] = {}
-    for name, allowed in dims.items():
-        choices = (n for n in _SIZES if allowed.min <= n <= allowed.max and n not in found.values())
-        found[name] = next(choices, allowed.max)
-    return found
-
-
-def _refuse_random_nodes(graph: ir.Model) -> None:
-    for node in graph.graph.all_nodes():
-        if node.op_type.startswith(_RANDOM):
-            raise InputError(f"the graph draws random numbers ({node.op_type}); a model to be exported draws none in eval mode")
 
 
 def _cut(model: ir.Model, outputs: int) -> None:

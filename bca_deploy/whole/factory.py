@@ -26,6 +26,11 @@ def make(place: str) -> nn.Module:
     Raises:
         InputError: it is written otherwise, cannot be imported, raises, or makes no module.
     """
+    if place.endswith(".pt2"):
+        raise InputError(
+            f"--model {place}: exported programs are not read; give the code that made it, --model pkg.module:factory, and its "
+            "weights by --checkpoint"
+        )
     where, colon, name = place.rpartition(":")
     if not (colon and where and name):
         raise InputError(f"--model {place!r}: give pkg.module:factory, or path/to/file.py:factory")

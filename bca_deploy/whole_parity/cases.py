@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from bca_deploy.parity.cases import Scope, round_to
 from bca_deploy.signature import Signature
 from bca_deploy.spec import Precision
+from bca_deploy.whole.draws import PATTERNS, Draws, Pattern
 from bca_deploy.whole.samples import Sample
-from bca_deploy.whole_parity.draws import PATTERNS, Draws, Pattern
 
 Arrays = dict[str, NDArray[Any]]
 #: Of each dimension; to be hashed.

@@ -11,7 +11,7 @@ from torch import nn
 
 from bca_deploy.errors import InputError
 from bca_deploy.signature import Dims, Signature, Tensor
-from bca_deploy.whole_parity.draws import Draws, Pattern
+from bca_deploy.whole.draws import Draws, Pattern
 from bca_deploy.whole_parity.evaluate import Evaluator
 
 Arrays = dict[str, NDArray[Any]]

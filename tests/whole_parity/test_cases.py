@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bca_deploy.signature import Axis, DimRange, Dims, Signature, Tensor
+from bca_deploy.whole.draws import PATTERNS, Draws
 from bca_deploy.whole_parity.cases import POOL_VALUES, Case, cases_of, inputs_of
-from bca_deploy.whole_parity.draws import PATTERNS, Draws
 
 X, MASK = Tensor("x", "float32", ("batch", "n", 3)), Tensor("mask", "bool", ("batch", "n"))
 DIMS = Dims(batch=DimRange(1, 2, 8), n=DimRange(1, 7, 40))

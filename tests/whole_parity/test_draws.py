@@ -8,8 +8,8 @@ import torch
 
 from bca_deploy.errors import InputError
 from bca_deploy.signature import Axis, DType, Tensor
+from bca_deploy.whole.draws import PATTERNS, Draws, Pattern, draws_of
 from bca_deploy.whole.samples import Sample
-from bca_deploy.whole_parity.draws import PATTERNS, Draws, Pattern, draws_of
 
 SIZES = {"batch": 8, "x_len": 40, "text_len": 30}
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bca_deploy.signature import Axis, DimRange, Dims, Signature
 from bca_deploy.signature import Tensor as Named
+from bca_deploy.whole.draws import draws_of
 from bca_deploy.whole.samples import Sample, named_outputs
-from bca_deploy.whole_parity.draws import draws_of
 from bca_deploy.whole_parity.evaluate import Evaluator
 from bca_deploy.whole_parity.traits import Laboratory
 
