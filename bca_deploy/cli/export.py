@@ -186,6 +186,7 @@ def _plan(recipe: Path | None, options: dict[str, Any], given: _Given, out: Path
 
     read = read_recipe(recipe, options)
     plans = need("exporter.plan")
+    plans.check_target(out, force)  # before a model is traced, which takes long
     source = _layer(read, given) if read.model is None else _model(read, given, progress)
     plan: Plan = plans.make_plan(read, source, out, force)
     return plan

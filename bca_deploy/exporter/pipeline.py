@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bca_deploy.bundle.read import Bundle
-from bca_deploy.bundle.write import staged, write_build
+from bca_deploy.bundle.write import check_target, staged, write_build
 from bca_deploy.engines import build as engines
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.exporter import models
@@ -70,6 +70,7 @@ def export(
         read = read_recipe(path, {**options, "inputs": inputs})
         source: Source = _bare(module, heads, read)
     else:
+        check_target(Path(out), force)  # before the trace, which takes long
         table = {name: options.pop(name) for name in list(options) if name in ModelTable.model_fields}
         read = read_recipe(path, {**options, "model": {"allow_none": False, **table}})
         source = read_model(module, inputs, read, progress or Silent())

@@ -22,7 +22,7 @@ from bca_deploy.parity import user_sample
 from bca_deploy.parity.cases import Scope
 from bca_deploy.parity.rule import Subject, judge, judge_inputs
 from bca_deploy.parity.runners import Runner, at_edges, ort_runner, strict_runner_of
-from bca_deploy.parity.verdict import Verdict
+from bca_deploy.parity.verdict import CaseResult, Verdict
 from bca_deploy.progress import Progress, Silent
 
 Arrays = dict[str, NDArray[Any]]
@@ -60,6 +60,8 @@ def verify(
         with Bundle.open(bundle) as opened:
             return verify(opened, inputs=inputs, model=model, scope=scope, progress=progress)
     progress = progress or Silent()
+    if model is not None and list(inputs):
+        raise InputError("--inputs with --model: a whole model is tried on the samples in its bundle, and on drawn inputs")
     if model is not None:
         return _verify_with(bundle, model, scope, progress)
     if bundle.manifest.interface is None:
@@ -119,9 +121,10 @@ def _verify_whole(bundle: Bundle, inputs: list[str | Path], progress: Progress) 
         _check_external_data(bundle, path)
         progress.stage(f"kept cases {path.stem}")
         _run_selftest(bundle, model, path)
-        cases = len({name.rsplit("/", 2)[0] for name in _selftest(bundle) if name.startswith(f"{model.precision}/")})
-        note = f"{cases} cases with their float64 truth, kept from the export, hold; --model draws new ones"
-        verdicts.append(Verdict(path.stem, model.precision, "kept", (), (), (), 0.0, (note,)))
+        places = sorted({name.rsplit("/", 2)[0] for name in _selftest(bundle) if name.startswith(f"{model.precision}/")})
+        results = tuple(CaseResult(place.partition("/")[2], "kept", "plain", "self-test", {}, 1.0) for place in places)
+        note = "the cases kept from the export, with their float64 truth, hold; --model draws the matrix anew"
+        verdicts.append(Verdict(path.stem, model.precision, "kept", results, (), (), 0.0, (note,)))
     return tuple(verdicts)
 
 

@@ -22,7 +22,7 @@ from bca_deploy.layers.isolation import exporter_alone
 from bca_deploy.layers.lowered_model import LoweredModel
 from bca_deploy.signature import Axis, Dims, Signature, Tensor
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Precision, Runtime
-from bca_deploy.tracing.opset import lower_to_17
+from bca_deploy.tracing.opset import lower_to_17, raise_to
 from bca_deploy.tracing.program import Program, any_length, export_program
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
@@ -34,6 +34,8 @@ _TRACE_SIZES = (3, 6, 5, 7, 9, 10, 11, 13)
 
 # What torch's exporter builds, whatever it is asked for.
 _EXPORTERS_OPSET = 18
+# The newest that it can convert to; asked for a newer one it gives 18 without a word.
+_NEWEST_CONVERTED = 25
 # In front of the names of weights: what the module to be traced is wrapped in, and what stands in a layer's place.
 _WRAPPERS = re.compile(r"\Amodel\.|(\A|(?<=\.))lowered\.core\.|\Acore\.")
 
@@ -128,6 +130,8 @@ def convert(
     program, exported = _run_exporter(traceable, check_opset(opset))
     if opset < _EXPORTERS_OPSET:
         lower_to_17(exported)
+    elif opset > _NEWEST_CONVERTED:
+        raise_to(exported, opset)
     _name_dimensions(exported, program.symbols)
     for value, axes in zip(exported.graph.outputs, program.outputs, strict=True):
         value.shape = ir.Shape(axes)
@@ -181,14 +185,14 @@ def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_
 
 
 def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
-    """Run torch's exporter. It builds at opset 18: asked for 17 it may keep 18 without a word."""
+    """Run torch's exporter within the opsets that it really gives."""
     with exporter_alone(), any_length():
         program = export_program(traceable.module, traceable.inputs, traceable.axes, traceable.dims)
         try:
             made = torch.onnx.export(
                 program.exported,
                 dynamo=True,
-                opset_version=max(opset, _EXPORTERS_OPSET),
+                opset_version=min(max(opset, _EXPORTERS_OPSET), _NEWEST_CONVERTED),
                 input_names=list(traceable.inputs),
                 output_names=list(traceable.outputs),
                 optimize=True,
@@ -211,7 +215,7 @@ def _cause(error: BaseException) -> str:
 def _name_dimensions(model: ir.Model, symbols: Mapping[str, str]) -> None:
     """Give dimensions their declared names in place of torch's."""
     for value in _values(model.graph):
-        if value.shape is not None and not value.shape.frozen:
+        if value.shape is not None:
             value.shape = ir.Shape([dim if isinstance(dim, int) else _named(dim.value, symbols) for dim in value.shape])
 
 

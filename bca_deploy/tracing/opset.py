@@ -1,4 +1,4 @@
-"""An opset-18 graph rewritten as a true opset 17, node by node.
+"""A graph of the opset that the exporter builds, as one of the opset asked for: rewritten node by node, or called newer.
 
 torch's exporter builds opset 18; asked for 17 it may keep 18, or write a 17 that onnx.checker refuses, both without an error.
 
@@ -19,6 +19,8 @@ import onnx_ir as ir
 from bca_deploy.errors import ExportError
 
 _FROM, _TO = 18, 17
+# https://onnx.ai/onnx/operators/onnx__Range.html: stash_type says in what half-precision ranges are computed.
+_ONLY_MORE_ATTRIBUTES = {("Range", 27)}
 _LOGICAL = {"BitwiseAnd": "And", "BitwiseNot": "Not", "BitwiseOr": "Or", "BitwiseXor": "Xor"}
 # Attributes that opset 18 added, with the value at which the node does what it does in 17.
 _ADDED: dict[str, dict[str, object]] = {
@@ -63,9 +65,42 @@ def lower_to_17(model: ir.Model) -> None:
         edit()
     for node in nodes:
         node.version = None  # that of the graph
-    for graph in [*bodies, *(graph for body in bodies for graph in body.subgraphs())]:
+    _set_opset(bodies, _TO)
+
+
+def raise_to(model: ir.Model, opset: int) -> None:
+    """Call a model one of a newer opset, in which none of its operators is another.
+
+    Args:
+        model: checked at its own opset; changed in place.
+        opset: not below the model's.
+
+    Raises:
+        ExportError: an operator changed in between; the model is then unchanged.
+    """
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    nodes = [node for body in bodies for node in body.all_nodes() if node.domain == ""]
+    before = model.opset_imports[""]
+    changed = {node.op_type for node in nodes if not _is_same(node.op_type, before, opset)}
+    if changed:
+        raise ExportError(
+            f"{', '.join(sorted(changed))} changed between opset {before} and {opset}; export with --opset {before}"
+        )
+    for node in nodes:
+        node.version = None  # that of the graph
+    _set_opset(bodies, opset)
+
+
+def _set_opset(bodies: Sequence[ir.Graph | ir.Function], opset: int) -> None:
+    for graph in [*bodies, *(inner for body in bodies for inner in body.subgraphs())]:
         if "" in graph.opset_imports:
-            graph.opset_imports[""] = _TO
+            graph.opset_imports[""] = opset
+
+
+def _is_same(operator: str, before: int, after: int) -> bool:
+    """Whether an operator is in both opsets the same; the newer may have attributes more, whose defaults are what it did."""
+    old, new = (onnx.defs.get_schema(operator, opset, "") for opset in (before, after))
+    return old.since_version == new.since_version or (operator, new.since_version) in _ONLY_MORE_ATTRIBUTES
 
 
 def source_line(node: ir.Node) -> str | None:

@@ -346,9 +346,10 @@ def test_many_are_run_each_as_alone_and_padded_only_where_the_signature_says_so(
         kind.sample(seed, {**kind.sizes()[which], "batch": 1}) for seed, which in enumerate(("odd", "even", "min", "unequal"))
     ]
     inputs = [tuple(t.numpy() for t in request.values()) for request in requests]
+    with Bundle.open(bundles(name)) as bundle:
+        assert bundle.manifest.signature.pads == pads
     with bca_deploy.open(bundles(name)) as session:
         alone = [session(*each) for each in inputs]
-        assert session._contract.signature.pads == pads
         for policy in ("auto", "alone", *(["pad"] if pads else [])):
             for got, wanted in zip(session.run_many(inputs, policy=policy), alone, strict=True):
                 for ours, theirs in zip(got, wanted, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bca_deploy.errors import ExportError
 from bca_deploy.layers.isolation import exporter_alone
-from bca_deploy.tracing.opset import lower_to_17, source_line
+from bca_deploy.tracing.opset import lower_to_17, raise_to, source_line
 
 Op = Callable[[Tensor], Tensor]
 Feeds = dict[str, np.ndarray]
@@ -354,3 +354,19 @@ def test_the_source_line_is_the_innermost_of_the_users_code(trace: str, line: st
 
 def test_a_node_that_says_nothing_has_no_source_line() -> None:
     assert source_line(ir.node("Relu", [])) is None
+
+
+def test_a_newer_opset_without_changes_to_the_operators_is_a_name() -> None:
+    text = '<ir_version: 10, opset_import: ["": 25]> g (float[n] x) => (float[n] y) {y = Relu(x)}'
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    raise_to(model, 27)
+    assert model.opset_imports == {"": 27}
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_an_operator_that_changed_is_refused_and_the_model_stays() -> None:
+    text = '<ir_version: 10, opset_import: ["": 18]> g (float[n] x) => (float[n] y) {y = Cast<to: int = 1>(x)}'
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    with pytest.raises(ExportError, match="Cast changed between opset 18 and 27; export with --opset 18"):
+        raise_to(model, 27)
+    assert model.opset_imports == {"": 18}
