@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -211,7 +211,7 @@ def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress:
     samples = tuple(named_sample(plain, each) for each in given)
     axes = axes_of(samples, table.given_axes)
     dims, guessed = ranges_of(samples, axes, recipe.given_ranges)
-    tensors = tuple(Tensor(name, _dtype(t), axes[name]) for name, t in samples[0].items())
+    tensors = tuple(Tensor(name, _dtype(name, t), axes[name]) for name, t in samples[0].items())
     draws = draws_of(samples, tensors, table.masks, table.ranges)
     refuse_random(Evaluator(plain, (), torch.float32), {name: t.numpy() for name, t in samples[0].items()})
     founds = find(plain, table.keep_literal, table.allow_none)
@@ -225,7 +225,7 @@ def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress:
     refined = Laboratory(plain, Evaluator(plain, (), torch.float64), draws).refine(signature)
     _check_largest(Evaluator(plain, (), torch.float32), draws, refined)
     tries = _tries(program)
-    return ModelSource(type(model).__name__, subject, samples, refined, table, guessed, tries, _traced={recipe.opset: graph})
+    return ModelSource(type(plain).__name__, subject, samples, refined, table, guessed, tries, _traced={recipe.opset: graph})
 
 
 def read_again(bundle: Bundle, model: nn.Module, progress: Progress) -> tuple[Recipe, ModelSource]:
@@ -270,9 +270,12 @@ def _check_largest(evaluator: Evaluator, draws: Draws, signature: Signature) -> 
     evaluator.run_as_usual(draws.inputs(sizes, "all live", 0, "fp32"))
 
 
-def _dtype(tensor: torch.Tensor) -> DType:
-    name: DType = str(tensor.dtype).removeprefix("torch.")  # type: ignore[assignment]
-    return name
+def _dtype(name: str, tensor: torch.Tensor) -> DType:
+    for known in get_args(DType):
+        if tensor.dtype == getattr(torch, known):
+            found: DType = known
+            return found
+    raise InputError(f"{name} is {tensor.dtype}; bundles have {', '.join(get_args(DType))}: cast it in the model")
 
 
 def _outputs(model: nn.Module, sample: Sample) -> dict[str, DType]:
@@ -281,7 +284,7 @@ def _outputs(model: nn.Module, sample: Sample) -> dict[str, DType]:
         found = named_outputs(model(**{name: t.clone() for name, t in sample.items()}))
     if not found:
         raise InputError("the model gives no tensor with the first sample; a graph has outputs that are tensors")
-    return {f"{name}_out" if name in sample else name: _dtype(t) for name, t in found.items()}
+    return {f"{name}_out" if name in sample else name: _dtype(name, t) for name, t in found.items()}
 
 
 def _cut(model: ir.Model, outputs: int) -> None:

@@ -186,7 +186,10 @@ def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_
 
 def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
     """Run torch's exporter within the opsets that it really gives."""
-    with exporter_alone(), any_length():
+    import torch._dynamo.config as settings  # here: importing it changes the process
+
+    # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
+    with exporter_alone(), any_length(), settings.patch(fake_tensor_cache_enabled=False):
         program = export_program(traceable.module, traceable.inputs, traceable.axes, traceable.dims)
         try:
             made = torch.onnx.export(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from bca_deploy.errors import InputError, first_line
@@ -40,6 +41,25 @@ class AllDouble(TorchFunctionMode):
         # Made of no tensor, as torch.zeros(3) is: nothing in the call says that it is to be wide.
         made = isinstance(result, Tensor) and result.dtype in _SMALL and not any(isinstance(arg, Tensor) for arg in args)
         return result.double() if made else result
+
+
+class BiasApart(TorchFunctionMode):
+    """While this is on, linear layers add their bias to a product that is rounded, as a graph's MatMul and Add do.
+
+    PyTorch on CPU rounds once; its other kernels, and engines, do either.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace the one function."""
+        kwargs = kwargs or {}
+        return _linear(*args, **kwargs) if func is functional.linear else func(*args, **kwargs)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = functional.linear(x, weight)
+    return product if bias is None else product + bias
 
 
 def _wide(value: Any) -> Any:
@@ -110,6 +130,11 @@ class Evaluator:
     def run_as_usual(self, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
         """Run the model without gradients, as users do: an encoder then takes PyTorch's fast path."""
         return self._run(inputs, None, torch.no_grad) if self._gradients is torch.enable_grad else self.run(inputs)
+
+    def run_with_bias_apart(self, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
+        """Run the model as :class:`BiasApart` says."""
+        with BiasApart():
+            return self.run(inputs)
 
     def run(self, inputs: Mapping[str, NDArray[Any]], order: int | None = None) -> Evaluation:
         """Run the model.
