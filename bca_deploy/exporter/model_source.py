@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -284,7 +284,16 @@ def _outputs(model: nn.Module, sample: Sample) -> dict[str, DType]:
         found = named_outputs(model(**{name: t.clone() for name, t in sample.items()}))
     if not found:
         raise InputError("the model gives no tensor with the first sample; a graph has outputs that are tensors")
-    return {f"{name}_out" if name in sample else name: _dtype(name, t) for name, t in found.items()}
+    names = dict.fromkeys(found)
+    return {_free(name, sample, names): _dtype(name, t) for name, t in found.items()}
+
+
+def _free(name: str, inputs: Container[str], outputs: Container[str]) -> str:
+    """Return an output's name, or one like it that neither an input nor another output has."""
+    found = name
+    while found in inputs or (found != name and found in outputs):
+        found += "_out"
+    return found
 
 
 def _cut(model: ir.Model, outputs: int) -> None:
