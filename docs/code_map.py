@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 #: The wings in stage order; the first is the ground line.
-WINGS = ("", "bundle", "layers", "engines", "parity", "exporter", "session", "session/backends", "serving", "packaging", "cli")
+WINGS = ("", "bundle", "layers", "engines", "parity", "tracing", "whole", "whole_parity", "exporter")
+WINGS += ("session", "session/backends", "serving", "packaging", "cli")
 
 
 def main() -> None:

@@ -212,7 +212,8 @@ def _cause(error: BaseException) -> str:
     """Return what the innermost error says: the exporter's own begin with a page about reports."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}" if isinstance(error, Exception) else repr(error)
+    said = first_line(error) if isinstance(error, Exception) else repr(error)
+    return said if said == repr(error) else f"{type(error).__name__}: {said}"
 
 
 def _name_dimensions(model: ir.Model, symbols: Mapping[str, str]) -> None:
