@@ -181,7 +181,13 @@ def write(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the written model {path.name} does not pass onnx.checker: {error}; please report this") from error
+        raise ExportError(f"the written model {path.name} does not pass onnx.checker: {error}; {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    if "bfloat16" in str(error):  # as Conv does from 22 on
+        return "some operators take bfloat16 from a later opset on: export with a higher --opset, or in another precision"
+    return "please report this"
 
 
 def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:

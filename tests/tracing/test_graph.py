@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -203,3 +204,11 @@ def test_the_manifest_metadata_is_in_the_exported_file(exported: object) -> None
     assert props["precision"] == "fp32"
     assert props["lowering"] == "fused"
     assert json.loads(props["layer"])["heads"] == make_spec().heads
+
+
+def test_an_operator_that_takes_no_bfloat16_yet_is_told_with_the_way_out(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 17]>
+    g (bfloat16[1, 2, 4, 4] x, bfloat16[3, 2, 1, 1] w) => (bfloat16[1, 3, 4, 4] y) {y = Conv(x, w)}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    with pytest.raises(ExportError, match=r"export with a higher --opset, or in another precision$"):
+        write(model, tmp_path / "model.onnx")
