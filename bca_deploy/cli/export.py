@@ -1,6 +1,7 @@
 """`bca-export`, which is `bca export`. Heavy imports wait until a command runs."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -186,8 +187,7 @@ def _plan(recipe: Path | None, options: dict[str, Any], given: _Given, out: Path
 
     read = read_recipe(recipe, options)
     plans = need("exporter.plan")
-    plans.check_target(out, force)  # before a model is traced, which takes long
-    source = _layer(read, given) if read.model is None else _model(read, given, progress)
+    source = partial(_layer, read, given) if read.model is None else partial(_model, read, given, progress)
     plan: Plan = plans.make_plan(read, source, out, force)
     return plan
 
@@ -207,9 +207,7 @@ def _model(recipe: "Recipe", given: _Given, progress: "Progress") -> "Source":
         if value is not None:
             raise InputError(f"{flag} is about the bare layer; a whole model's own outputs on its --inputs are its truth")
     factory, source = need("whole.factory"), need("exporter.model_source")
-    made = factory.make(table.factory)
-    if checkpoint := given.checkpoint or table.checkpoint:
-        factory.load_into(made, checkpoint, given.prefix or table.prefix)
+    made = factory.make(table.factory, given.checkpoint or table.checkpoint, given.prefix or table.prefix)
     from bca_deploy.files import read_arrays
 
     found: Source = source.read_model(made, [read_arrays(path) for path in table.samples], recipe, progress)

@@ -101,11 +101,7 @@ def _made(model: str | None, checkpoint: Path | None) -> Any:
         if checkpoint is not None:
             raise InputError("--checkpoint is loaded into a whole model; give --model, too")
         return None
-    factory = need("whole.factory")
-    made = factory.make(model)
-    if checkpoint is not None:
-        factory.load_into(made, checkpoint)
-    return made
+    return need("whole.factory").make(model, checkpoint)
 
 
 @app.command("verify")

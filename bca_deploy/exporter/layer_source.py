@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,6 @@ class LayerSource:
     def guessed(self) -> tuple[str, ...]:
         """None: what nobody gives has documented ranges."""
         return ()
-
-    @property
-    def adaptable(self) -> bool:
-        """Models of further precisions can be made from the bundle alone."""
-        return True
 
     def check_precision(self, precision: Precision, opset: int) -> None:
         """Refuse a precision that the opset's operators do not take; errors as :func:`check_precision`."""
@@ -133,7 +128,3 @@ class LayerSource:
         save_file(self.checkpoint.state, directory / WEIGHTS_FILE)
         if self.expected:
             np.savez(directory / EXPECT_FILE, **self.expected)  # type: ignore[arg-type]
-
-    def with_weights(self, checkpoint: Checkpoint, expected: Arrays) -> "LayerSource":
-        """Return the same with other weights."""
-        return replace(self, checkpoint=checkpoint, expected=expected)

@@ -20,19 +20,19 @@ from bca_deploy.bundle.manifest import (
     ModelEntry,
     ModelLowering,
     ProofEntry,
-    precisions,
 )
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import write_json
 from bca_deploy.errors import BundleError, InputError
-from bca_deploy.exporter.recipe import DimsTable, ModelTable, Recipe
+from bca_deploy.exporter.plan import recipe_of
+from bca_deploy.exporter.recipe import ModelTable, Recipe
 from bca_deploy.exporter.source import Made, package_version
 from bca_deploy.files import read_arrays
 from bca_deploy.parity.cases import Scope
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress
 from bca_deploy.signature import DType, Signature, Tensor
-from bca_deploy.spec import EXTERNAL_DATA_BYTES, Interface, Precision, Runtime
+from bca_deploy.spec import Interface, Precision, Runtime
 from bca_deploy.tracing.graph import remove_dead, write
 from bca_deploy.tracing.program import Program
 from bca_deploy.whole.axes import axes_of, ranges_of
@@ -48,6 +48,8 @@ from bca_deploy.whole_parity.traits import Laboratory
 from bca_deploy.whole_parity.yardstick import Yardstick, refuse_random
 
 Arrays = dict[str, NDArray[Any]]
+#: Called after each case with the number done and the total.
+OnCase = Callable[[int, int], None]
 
 # Of what was said of a model, what the bundle keeps: its axes are the signature's.
 _KEPT = ("masks", "ranges", "keep_literal", "allow_none")
@@ -95,11 +97,6 @@ class ModelSource:
         found = {layer.lowering for layer in self.layers}
         return "none" if not found else "mixed" if len(found) > 1 else found.pop()
 
-    @property
-    def adaptable(self) -> bool:
-        """Its code is not in the bundle."""
-        return False
-
     def check_precision(self, precision: Precision, opset: int) -> None:
         """Whether the opset takes the precision shows in the trace."""
 
@@ -120,10 +117,7 @@ class ModelSource:
                 write(model, path, recipe.external_data_bytes)
             with clock.stage(f"parity {path.stem}"):
                 subject = judge.Subject(path, tapped, precision, recipe.keep_io_types)
-                cases = cases_of(self.subject.draws, self.signature, self.samples, recipe.parity, self.tries)
-                arrays = {case: inputs_of(case, self.subject.draws, self.samples, precision) for case in cases}
-                yardstick = self._yardstick(precision)
-                verdict = judge.judge(subject, yardstick, arrays, recipe.parity, clock.progress.steps)
+                verdict = self._judge(subject, recipe.parity, clock.progress.steps)
         return Made(len(model.graph), verdict)
 
     def _graph(self, precision: Precision, runtime: Runtime, recipe: Recipe) -> ir.Model:
@@ -175,12 +169,14 @@ class ModelSource:
         np.savez(directory / SAMPLES_FILE, **arrays)  # type: ignore[arg-type]
         write_json(directory / MODEL_FILE, self.table.model_dump(mode="json", include=set(_KEPT)))
 
-    def judge_file(self, path: Path, model: ModelEntry, scope: Scope, on_case: Callable[[int, int], None]) -> Verdict:
+    def judge_file(self, path: Path, model: ModelEntry, scope: Scope, on_case: OnCase) -> Verdict:
         """Hold a written model of this bundle against the model, on its outputs alone."""
-        subject = judge.Subject(path, None, model.precision, model.keep_io_types)
+        return self._judge(judge.Subject(path, None, model.precision, model.keep_io_types), scope, on_case)
+
+    def _judge(self, subject: judge.Subject, scope: Scope, on_case: OnCase) -> Verdict:
         cases = cases_of(self.subject.draws, self.signature, self.samples, scope, self.tries)
-        arrays = {case: inputs_of(case, self.subject.draws, self.samples, model.precision) for case in cases}
-        return judge.judge(subject, self._yardstick(model.precision), arrays, scope, on_case)
+        arrays = {case: inputs_of(case, self.subject.draws, self.samples, subject.precision) for case in cases}
+        return judge.judge(subject, self._yardstick(subject.precision), arrays, scope, on_case)
 
 
 def _layer_entry(found: Found, use: Use) -> LayerEntry:
@@ -234,24 +230,13 @@ def read_again(bundle: Bundle, model: nn.Module, progress: Progress) -> tuple[Re
     Raises:
         BundleError: the bundle is of a bare layer.
     """
-    manifest, first = bundle.manifest, bundle.manifest.models[0]
-    if manifest.interface is not None:
+    if bundle.manifest.interface is not None:
         raise BundleError(f"{bundle.source} holds a bare layer, with its weights; --model is for whole models")
-    said = json.loads(bundle.path(MODEL_FILE).read_text(encoding="utf-8"))
-    axes = {tensor.name: tensor.axes for tensor in manifest.signature.inputs}
-    recipe = Recipe(
-        model=ModelTable(**{**said, "axes": axes}),
-        dims=DimsTable(**manifest.signature.dims),
-        opset=first.opset,
-        precision=precisions(manifest),
-        keep_io_types=first.keep_io_types,
-        parity=first.parity.scope,
-        external_data_bytes=0 if first.external_data else EXTERNAL_DATA_BYTES,
-    )
-    samples: dict[str, dict[str, NDArray[Any]]] = {}
+    samples: dict[str, Arrays] = {}
     for name, array in read_arrays(bundle.path(SAMPLES_FILE)).items():
         number, _, argument = name.partition("/")
         samples.setdefault(number, {})[argument] = array
+    recipe = recipe_of(bundle)
     return recipe, read_model(model, list(samples.values()), recipe, progress)
 
 

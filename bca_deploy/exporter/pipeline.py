@@ -1,14 +1,15 @@
 """The main job in its order: weights, models and their verdicts, bundle, engine; in its place whole, or not at all."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from bca_deploy.bundle.read import Bundle
-from bca_deploy.bundle.write import check_target, staged, write_build
+from bca_deploy.bundle.write import staged, write_build
 from bca_deploy.engines import build as engines
 from bca_deploy.errors import BundleError, ParityError
 from bca_deploy.exporter import models
@@ -65,16 +66,15 @@ def export(
     Raises:
         BcaError: see errors.py; nothing is left at ``out``.
     """
-    path = Path(recipe) if recipe else None
+    path, progress = Path(recipe) if recipe else None, progress or Silent()
     if inputs is None or isinstance(inputs, Mapping):
         read = read_recipe(path, {**options, "inputs": inputs})
-        source: Source = _bare(module, heads, read)
+        source: Callable[[], Source] = partial(_bare, module, heads, read)
     else:
-        check_target(Path(out), force)  # before the trace, which takes long
         table = {name: options.pop(name) for name in list(options) if name in ModelTable.model_fields}
         read = read_recipe(path, {**options, "model": {"allow_none": False, **table}})
-        source = read_model(module, inputs, read, progress or Silent())
-    run(make_plan(read, source, Path(out), force), progress or Silent(), keep_failed)
+        source = partial(read_model, module, inputs, read, progress)
+    run(make_plan(read, source, Path(out), force), progress, keep_failed)
     return Bundle.open(out)
 
 

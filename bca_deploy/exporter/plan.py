@@ -1,5 +1,7 @@
 """Decide everything before the work begins: what can be refused is refused here, and nothing is written."""
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,14 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from bca_deploy.bundle.manifest import EXPECT_FILE, WEIGHTS_FILE, precisions
+from bca_deploy.bundle.manifest import EXPECT_FILE, MODEL_FILE, WEIGHTS_FILE, precisions
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import check_target
 from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
 from bca_deploy.errors import BundleError, InputError
 from bca_deploy.exporter.layer_source import LayerSource
-from bca_deploy.exporter.recipe import DimsTable, InputsTable, LayerTable, OutputsTable, Recipe
+from bca_deploy.exporter.recipe import DimsTable, InputsTable, LayerTable, ModelTable, OutputsTable, Recipe
 from bca_deploy.exporter.source import Source
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load, read
 from bca_deploy.layers.lowered_model import choose
@@ -90,8 +92,14 @@ def layer_source(recipe: Recipe, checkpoint: Checkpoint, expected: Arrays | None
     return LayerSource(checkpoint, recipe.interface, recipe.ranges, lowering, expected or {})
 
 
-def make_plan(recipe: Recipe, source: Source, out: Path, force: bool = False) -> Plan:
+def make_plan(recipe: Recipe, source: Callable[[], Source], out: Path, force: bool = False) -> Plan:
     """Decide everything and refuse what cannot be done; writes nothing.
+
+    Args:
+        recipe: how to make the bundle.
+        source: gives what to make it from. That may take a trace, so it is asked when all else is known to be possible.
+        out: the directory or ``.bca`` archive.
+        force: replace an existing bundle.
 
     Raises:
         InputError: opset not on offer, or not for the precision, or an engine that cannot be built as asked.
@@ -99,28 +107,26 @@ def make_plan(recipe: Recipe, source: Source, out: Path, force: bool = False) ->
         MissingDependencyError: onnxruntime is needed to judge the export and is not installed.
     """
     check_opset(recipe.opset)
-    for precision in recipe.precision:
-        source.check_precision(precision, recipe.opset)
     check_target(out, force)
     if set(recipe.precision) != {"bf16"}:
         onnxruntime()  # absent, it should not be missed only after the trace
-    if recipe.engine is None:
-        if recipe.profile:
-            raise InputError("an optimization profile without an engine: give --engine rtx or --engine tensorrt as well")
-        return Plan(recipe, source, out, force)
-    engine = engines.plan(recipe.engine, recipe.profile, source.signature.dims, recipe.precision)
-    source.check_precision(engine.precision, recipe.opset)
-    recipe = recipe.model_copy(update={"precision": tuple(dict.fromkeys((*recipe.precision, engine.precision)))})
-    return Plan(recipe, source, out, force, engine)
+    if recipe.profile and recipe.engine is None:
+        raise InputError("an optimization profile without an engine: give --engine rtx or --engine tensorrt as well")
+    found = source()
+    dims = found.signature.dims
+    engine = engines.plan(recipe.engine, recipe.profile, dims, recipe.precision) if recipe.engine else None
+    needed = (*recipe.precision, *([engine.precision] if engine else []))
+    for precision in needed:
+        found.check_precision(precision, recipe.opset)
+    recipe = recipe.model_copy(update={"precision": tuple(dict.fromkeys(needed))})
+    return Plan(recipe, found, out, force, engine)
 
 
 def recipe_of(bundle: Bundle) -> Recipe:
     """Return the recipe that would make this bundle again."""
     manifest, first = bundle.manifest, bundle.manifest.models[0]
-    interface = manifest.interface or Interface()
     return Recipe(
-        inputs=InputsTable(**{name: getattr(interface, name) for name in InputsTable.model_fields}),
-        outputs=OutputsTable(attention_maps=interface.attention_maps),
+        **(_layer_tables(manifest.interface) if manifest.interface else {"model": _model_table(bundle)}),
         dims=DimsTable(**manifest.signature.dims),
         opset=first.opset,
         precision=precisions(manifest),
@@ -130,21 +136,28 @@ def recipe_of(bundle: Bundle) -> Recipe:
     )
 
 
+def _layer_tables(interface: Interface) -> dict[str, Any]:
+    return {
+        "inputs": InputsTable(**{name: getattr(interface, name) for name in InputsTable.model_fields}),
+        "outputs": OutputsTable(attention_maps=interface.attention_maps),
+    }
+
+
+def _model_table(bundle: Bundle) -> ModelTable:
+    said = json.loads(bundle.path(MODEL_FILE).read_text(encoding="utf-8"))
+    return ModelTable(**said, axes={tensor.name: tensor.axes for tensor in bundle.manifest.signature.inputs})
+
+
 def source_of(bundle: Bundle) -> LayerSource:
     """Return the layer that a bundle was made from, from its manifest and weights.
 
     Raises:
         BundleError: it holds a whole model, whose code it has not.
     """
-    manifest = bundle.manifest
-    if manifest.interface is None:
-        raise BundleError(
-            f"{bundle.source} holds the whole model {manifest.source}, and not its code; give the code as well (bca "
-            "refit and bca verify: --model pkg.module:factory), or export the model again with what you need"
-        )
+    manifest, checkpoint = bundle.manifest, checkpoint_of(bundle)
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
-    lowering = manifest.layers[0].lowering
-    return LayerSource(checkpoint_of(bundle), manifest.interface, manifest.signature.dims, lowering, expected)
+    interface = manifest.interface or Interface()
+    return LayerSource(checkpoint, interface, manifest.signature.dims, manifest.layers[0].lowering, expected)
 
 
 def reopen(bundle: Bundle) -> Plan:
@@ -154,6 +167,10 @@ def reopen(bundle: Bundle) -> Plan:
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:
     """Return a bundle's layer with its weights; errors as for :func:`source_of`."""
-    if bundle.manifest.layer is None:
-        source_of(bundle)  # raises
-    return Checkpoint(bundle.manifest.layers[0].spec, read(bundle.path(WEIGHTS_FILE)))
+    manifest = bundle.manifest
+    if manifest.layer is None:
+        raise BundleError(
+            f"{bundle.source} holds the whole model {manifest.source}, and not its code; give the code as well (bca "
+            "refit and bca verify: --model pkg.module:factory), or export the model again with what you need"
+        )
+    return Checkpoint(manifest.layer, read(bundle.path(WEIGHTS_FILE)))

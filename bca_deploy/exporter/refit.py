@@ -61,8 +61,8 @@ def refit(
     """
     clock = Clock(progress or Silent())
     with revised(Path(bundle)) as (opened, directory):
-        plan, make = _work(opened, Path(checkpoint), prefix, model, (sample, drop_sample), clock)
         plans = [(entry, _engine_plan(entry, opened.manifest)) for entry in opened.manifest.engines]
+        plan, make = _work(opened, Path(checkpoint), prefix, model, (sample, drop_sample), clock)
         (directory / EXPECT_FILE).unlink(missing_ok=True)
         plan.source.write_files(directory)
         made = [make(entry, directory) for entry in opened.manifest.models]
@@ -116,7 +116,7 @@ def _layer(bundle: Bundle, path: Path, prefix: str, sample: str | Path | None, d
     if expected:
         user_sample.fit(expected, new.spec, layer.interface)
         user_sample.check(expected, new)
-    return layer.with_weights(new, expected)
+    return replace(layer, checkpoint=new, expected=expected)
 
 
 def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:

@@ -56,10 +56,6 @@ class Source(Protocol):
     def lowering(self) -> ModelLowering:
         """The form of the attention in the graphs."""
 
-    @property
-    def adaptable(self) -> bool:
-        """Whether further models can be made from the bundle alone."""
-
     def check_precision(self, precision: Precision, opset: int) -> None:
         """Refuse a precision that the opset does not take; raises InputError."""
 

@@ -87,9 +87,7 @@ def verify(
 def _verify_model(
     bundle: Bundle, model: ModelEntry, subject: Subject, samples: Mapping[str, Arrays], scope: Scope, progress: Progress
 ) -> Verdict:
-    _check_external_data(bundle, subject.path)
-    progress.stage(f"parity {subject.path.stem}")
-    _run_selftest(bundle, model, subject.path)
+    _check_model(bundle, model, f"parity {subject.path.stem}", progress)
     own = judge_inputs(subject, samples) if samples else None
     verdict = judge(subject, scope, progress.steps)
     return verdict if own is None else verdict.joined(own)  # a failed verdict is false
@@ -98,14 +96,13 @@ def _verify_model(
 def _verify_with(bundle: Bundle, model: nn.Module, scope: Scope, progress: Progress) -> tuple[Verdict, ...]:
     """Hold the models of a whole model against its code."""
     _, source = read_again(bundle, model, progress)
-    verdicts = []
-    for entry in bundle.manifest.models:
+
+    def verdict(entry: ModelEntry) -> Verdict:
         path = bundle.path(entry.file)
-        _check_external_data(bundle, path)
-        progress.stage(f"parity {path.stem}")
-        _run_selftest(bundle, entry, path)
-        verdicts.append(source.judge_file(path, entry, scope, progress.steps))
-    return tuple(verdicts)
+        _check_model(bundle, entry, f"parity {path.stem}", progress)
+        return source.judge_file(path, entry, scope, progress.steps)
+
+    return tuple(map(verdict, bundle.manifest.models))
 
 
 def _verify_whole(bundle: Bundle, inputs: list[str | Path], progress: Progress) -> tuple[Verdict, ...]:
@@ -115,21 +112,26 @@ def _verify_whole(bundle: Bundle, inputs: list[str | Path], progress: Progress) 
             f"--inputs: the bundle holds the whole model {bundle.manifest.source} and not its code, so nothing says what these "
             "should give; export again with them as samples"
         )
-    verdicts = []
-    for model in bundle.manifest.models:
-        path = bundle.path(model.file)
-        _check_external_data(bundle, path)
-        progress.stage(f"kept cases {path.stem}")
-        _run_selftest(bundle, model, path)
-        places = sorted({name.rsplit("/", 2)[0] for name in _selftest(bundle) if name.startswith(f"{model.precision}/")})
+    note = "the cases kept from the export, with their float64 truth, hold; --model draws the matrix anew"
+
+    def verdict(entry: ModelEntry) -> Verdict:
+        name = bundle.path(entry.file).stem
+        arrays = _check_model(bundle, entry, f"kept cases {name}", progress)
+        places = sorted({key.rsplit("/", 2)[0] for key in arrays if key.startswith(f"{entry.precision}/")})
         results = tuple(CaseResult(place.partition("/")[2], "kept", "plain", "self-test", {}, 1.0) for place in places)
-        note = "the cases kept from the export, with their float64 truth, hold; --model draws the matrix anew"
-        verdicts.append(Verdict(path.stem, model.precision, "kept", results, (), (), 0.0, (note,)))
-    return tuple(verdicts)
+        return Verdict(name, entry.precision, "kept", results, (), (), 0.0, (note,))
+
+    return tuple(map(verdict, bundle.manifest.models))
 
 
-def _selftest(bundle: Bundle) -> Arrays:
-    return read_arrays(bundle.path(SELFTEST_FILE))
+def _check_model(bundle: Bundle, model: ModelEntry, stage: str, progress: Progress) -> Arrays:
+    """Refuse a file with foreign weights, or one that fails its self-test; return the self-test."""
+    path = bundle.path(model.file)
+    _check_external_data(bundle, path)
+    progress.stage(stage)
+    arrays = read_arrays(bundle.path(SELFTEST_FILE))
+    _run_selftest(arrays, model, path)
+    return arrays
 
 
 def _check_external_data(bundle: Bundle, path: Path) -> None:
@@ -158,10 +160,10 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from _tensors(inner)
 
 
-def _run_selftest(bundle: Bundle, model: ModelEntry, path: Path) -> None:
+def _run_selftest(arrays: Arrays, model: ModelEntry, path: Path) -> None:
     runner: Runner = strict_runner_of(path) if model.precision == "bf16" else ort_runner(path)
     failures = selftest.failures(
-        _selftest(bundle),
+        arrays,
         model.precision,
         lambda inputs: runner(at_edges(inputs, model.precision, model.keep_io_types)),
     )

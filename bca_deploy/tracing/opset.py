@@ -8,7 +8,7 @@ a form that is valid there; or an error that names every node without one, and a
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -63,9 +63,7 @@ def lower_to_17(model: ir.Model) -> None:
     nodes = [node for body in bodies for node in body.all_nodes() if node.domain == ""]
     for edit in _edits(nodes):
         edit()
-    for node in nodes:
-        node.version = None  # that of the graph
-    _set_opset(bodies, _TO)
+    _set_opset(bodies, nodes, _TO)
 
 
 def raise_to(model: ir.Model, opset: int) -> None:
@@ -86,12 +84,12 @@ def raise_to(model: ir.Model, opset: int) -> None:
         raise ExportError(
             f"{', '.join(sorted(changed))} changed between opset {before} and {opset}; export with --opset {before}"
         )
+    _set_opset(bodies, nodes, opset)
+
+
+def _set_opset(bodies: Sequence[ir.Graph | ir.Function], nodes: Iterable[ir.Node], opset: int) -> None:
     for node in nodes:
         node.version = None  # that of the graph
-    _set_opset(bodies, opset)
-
-
-def _set_opset(bodies: Sequence[ir.Graph | ir.Function], opset: int) -> None:
     for graph in [*bodies, *(inner for body in bodies for inner in body.subgraphs())]:
         if "" in graph.opset_imports:
             graph.opset_imports[""] = opset

@@ -17,14 +17,17 @@ from bca_deploy.layers.checkpoint import read, strip_wrappers
 _SHOWN = 6
 
 
-def make(place: str) -> nn.Module:
+def make(place: str, checkpoint: Path | None = None, prefix: str = "") -> nn.Module:
     """Return the module that a factory makes, or that stands there.
 
     Args:
         place: ``pkg.module:factory`` or ``path/to/file.py:factory``; a factory is called without arguments.
+        checkpoint: loaded into it, as :func:`load_into` does.
+        prefix: where the model is inside a bigger checkpoint.
 
     Raises:
         InputError: it is written otherwise, cannot be imported, raises, or makes no module.
+        CheckpointError: as for :func:`load_into`.
     """
     if place.endswith(".pt2"):
         raise InputError(
@@ -42,6 +45,8 @@ def make(place: str) -> nn.Module:
         found = _called(place, found)
     if not isinstance(found, nn.Module):
         raise InputError(f"--model {place}: it gives a {type(found).__name__}; a torch.nn.Module is needed")
+    if checkpoint is not None:
+        load_into(found, checkpoint, prefix)
     return found
 
 

@@ -72,13 +72,23 @@ class LayerCall:
 
     Attributes:
         path: of the layer.
+        number: of the call, of this layer and from 0.
         given: tensors by the layer's names.
         outputs: both, by name.
     """
 
     path: str
+    number: int
     given: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+
+    def results(self) -> Arrays:
+        """Return the outputs, floats as float64."""
+        return {name: _array(t) for name, t in self.outputs.items()}
+
+    def tapped(self, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Return what is given for its outputs under their names as taps."""
+        return {tap_name(self.path, self.number, name): array for name, array in arrays.items()}
 
     def arrays(self) -> Arrays:
         """Return the inputs as the parity of the bare layer takes them: masks over all positions."""
@@ -101,10 +111,9 @@ class Evaluation:
 
     def with_taps(self) -> Arrays:
         """Return the outputs, and those of each call of a layer by their names as taps."""
-        found, counts = dict(self.outputs), dict[str, int]()
+        found = dict(self.outputs)
         for call in self.calls:
-            number = counts[call.path] = counts.get(call.path, -1) + 1
-            found |= {tap_name(call.path, number, name): _array(t) for name, t in call.outputs.items()}
+            found |= call.tapped(call.results())
         return found
 
 
@@ -182,7 +191,8 @@ class Evaluator:
             given = found.call.given(forward, args, kwargs)
             tensors = {name: given[name].detach().clone() for name in INPUT_NAMES if isinstance(given.get(name), Tensor)}
             results = {name: t.detach().clone() for name, t in zip(OUTPUT_NAMES, outputs[:2], strict=False)}
-            self._calls.append(LayerCall(found.path, tensors, results))
+            number = sum(call.path == found.path for call in self._calls)
+            self._calls.append(LayerCall(found.path, number, tensors, results))
 
         return hook
 
@@ -195,11 +205,8 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 def live_of(evaluation: Evaluation) -> Arrays:
     """Return for every output and every tap where its rows are live: the model's own everywhere."""
     found: Arrays = {name: np.ones(a.shape, dtype=bool) for name, a in evaluation.outputs.items()}
-    counts = dict[str, int]()
     for call in evaluation.calls:
-        number = counts[call.path] = counts.get(call.path, -1) + 1
-        outputs = {name: _array(t) for name, t in call.outputs.items()}
-        found |= {tap_name(call.path, number, name): live for name, live in live_rows(call.arrays(), outputs).items()}
+        found |= call.tapped(live_rows(call.arrays(), call.results()))
     return found
 
 

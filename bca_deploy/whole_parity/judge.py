@@ -57,13 +57,13 @@ def judge(
     Raises:
         InputError: PyTorch itself refuses a case.
     """
-    runners, undefined, defined = _runners(subject), set[str](), dict[str, bool]()
+    runners, undefined, judged = _runners(subject), set[str](), set[str]()
 
     def run(case: Case, orders: int) -> list[CaseResult]:
         inputs = arrays[case]
         hearings, edges = yardstick.hearings(inputs, orders), at_edges(inputs, subject.precision, subject.keep_io_types)
         undefined.update(name for name, hearing in hearings.items() if not hearing.defined.all())
-        defined.update({name: defined.get(name, False) or bool(hearing.defined.any()) for name, hearing in hearings.items()})
+        judged.update(name for name, hearing in hearings.items() if hearing.defined.any())
         return [
             result
             for runtime, runner in runners.items()
@@ -74,11 +74,7 @@ def judge(
         results = run_all(run, list(arrays), on_case)
     verdict = verdict_of(subject.path.stem, subject.precision, scope, results, yardstick.weight_rounding())
     notes = [f"{name}: PyTorch itself gives NaN in some cases, and nothing is judged there" for name in sorted(undefined)]
-    silent = [
-        f"{name}: PyTorch itself gives NaN everywhere, so that nothing is judged"
-        for name in sorted(undefined)
-        if not defined[name]
-    ]
+    silent = [f"{name}: PyTorch itself gives NaN everywhere, so that nothing is judged" for name in sorted(undefined - judged)]
     return replace(verdict, notes=(*verdict.notes, *notes), failures=(*verdict.failures, *silent))
 
 

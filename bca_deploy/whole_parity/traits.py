@@ -62,15 +62,14 @@ class Laboratory:
             return False
         together = self.draws.inputs(_small(signature.dims) | {dim: entries}, "padded", 5, "fp32")
         whole = self.run(together)
-        alone = [self.run({n: a[i : i + 1] if self._has(n, dim) else a for n, a in together.items()}) for i in range(entries)]
-        return all(
-            _alike(a, np.concatenate([one[t.name] for one in alone]) if dim in t.axes else alone[0][t.name])
-            for t in signature.outputs
-            for a in [whole[t.name]]
-        )
+        apart = {t.name for t in self.draws.tensors if dim in t.axes}
+        alone = [self.run({n: a[i : i + 1] if n in apart else a for n, a in together.items()}) for i in range(entries)]
 
-    def _has(self, name: str, dim: str) -> bool:
-        return any(tensor.name == name and dim in tensor.axes for tensor in self.draws.tensors)
+        def joined(tensor: Tensor) -> NDArray[Any]:
+            first = alone[0][tensor.name]
+            return np.concatenate([one[tensor.name] for one in alone]) if dim in tensor.axes else first
+
+        return all(_alike(whole[tensor.name], joined(tensor)) for tensor in signature.outputs)
 
     def _masks(self, signature: Signature) -> dict[str, str]:
         """Return of each dimension the mask that hides its padding: with padding, the model gives the same where it is live."""

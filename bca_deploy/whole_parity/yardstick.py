@@ -75,16 +75,19 @@ class Yardstick:
         dtype = DTYPES[precision]
         rounded = copy.deepcopy(model).to(dtype)
         self.precision = precision
-        self._unrounded = Evaluator(copy.deepcopy(model).to(torch.float64), (), torch.float64)
+        # In float32 the weights are what they were.
+        self._unrounded = Evaluator(model, (), torch.float64) if precision != "fp32" else None
         self._changes: list[float] = []
-        self._exact = Evaluator(rounded.to(torch.float64), founds, torch.float64)
-        self._rounded = Evaluator(rounded.to(dtype), founds, dtype)
+        self._exact = Evaluator(rounded, founds, torch.float64)
+        self._rounded = Evaluator(rounded, founds, dtype)
         self._layers = {found.path: found.checkpoint.module(torch.float64) for found in founds}
         self._widest = max((tensor[0].numel() for tensor in model.state_dict().values() if tensor.ndim > 1), default=1)
 
     def hearings(self, inputs: Arrays, orders: int) -> dict[str, Hearing]:
         """Return for every output and every tap what it is held against."""
-        truth = self._exact.run(inputs)
+        return self._hearings(inputs, self._exact.run(inputs), orders)
+
+    def _hearings(self, inputs: Arrays, truth: Evaluation, orders: int) -> dict[str, Hearing]:
         eager, usual = self._rounded.run(inputs), self._rounded.run_as_usual(inputs)
         in_order = [self._rounded.run(inputs, order).with_taps() for order in range(orders)]
         if len(self._changes) < _CHANGES:
@@ -99,15 +102,16 @@ class Yardstick:
 
     def truth_and_bounds(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
         """Return the float64 outputs, and the largest error that the per-case rule allows for each."""
-        own, hearings = self._exact.run(inputs).outputs, self.hearings(inputs, _KEPT_ORDERS)
-        return own, {name: _bound(name, hearings[name].trial) for name in own}
+        truth = self._exact.run(inputs)
+        hearings = self._hearings(inputs, truth, _KEPT_ORDERS)
+        return truth.outputs, {name: _bound(name, hearings[name].trial) for name in truth.outputs}
 
     def weight_rounding(self) -> float:
         """Return the RMS change of the outputs, relative, that rounding the weights makes in the first cases."""
         return float(np.mean(self._changes)) if self._changes else 0.0
 
     def _change(self, inputs: Arrays, truth: Evaluation) -> float:
-        if self.precision == "fp32":
+        if self._unrounded is None:
             return 0.0
         exact = self._unrounded.run(inputs).outputs
         pairs = [

@@ -22,7 +22,7 @@ from bca_deploy.progress import Silent
 
 
 def planned(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> Plan:
-    return make_plan(recipe, layer_source(recipe, checkpoint), out)
+    return make_plan(recipe, lambda: layer_source(recipe, checkpoint), out)
 
 
 def run_model(bundle: Bundle, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "export" / "recipes").glob("*.toml
 def test_the_recipe_exports_and_passes_parity(path: Path, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     checkpoint = load_checkpoint(recipe, None, None)
-    verdicts = pipeline.run(make_plan(recipe, layer_source(recipe, checkpoint), tmp_path / "m"), Silent())
+    verdicts = pipeline.run(make_plan(recipe, lambda: layer_source(recipe, checkpoint), tmp_path / "m"), Silent())
     assert [verdict.model for verdict in verdicts if "." not in verdict.model] == list(recipe.precision)
     with Bundle.open(tmp_path / "m") as bundle:
         assert all(model.parity.passed and model.parity.cases >= 40 for model in bundle.manifest.models)
