@@ -1,5 +1,6 @@
 """A model with everything that a trace of it needs: its layers, how it uses them, its inputs and their sizes."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -75,11 +76,12 @@ class Subject:
 
 
 def distinct_sizes(dims: Dims) -> dict[str, int]:
-    """Return a size of each dimension, none of them 1 and no two alike where the ranges allow it."""
+    """Return a small size of each dimension, none of them 1 and no two alike where the ranges allow it."""
     found: dict[str, int] = {}
     for name, allowed in dims.items():
-        choices = (n for n in _SIZES if allowed.min <= n <= allowed.max and n not in found.values())
-        found[name] = next(choices, allowed.max)
+        choices = itertools.chain(_SIZES, range(max(allowed.min, 2), allowed.max + 1))
+        free = (n for n in choices if allowed.min <= n <= allowed.max and n not in found.values())
+        found[name] = next(free, allowed.max)
     return found
 
 
