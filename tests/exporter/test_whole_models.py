@@ -492,3 +492,12 @@ def test_what_does_not_fit_a_whole_model_is_refused(place: Path, arguments: tupl
 def test_an_output_never_has_the_name_of_an_input_or_of_another_output() -> None:
     assert _free("x", {"x"}, {"x": None, "x_out": None}) == "x_out_out"
     assert _free("x_out", {"x"}, {"x": None, "x_out": None}) == "x_out"
+
+
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_judged_by_the_strict_evaluator(tmp_path: Path) -> None:
+    kind = KINDS["stack"]
+    options = {"dims": dict(kind.dims), "axes": dict(kind.axes), "precision": ["bf16"]}
+    bundle = bca_deploy.export(kind.make(), tmp_path / "model", inputs=kind.pair(), **options)
+    (model,) = bundle.manifest.models
+    assert (model.precision, model.parity.passed, model.parity.runtimes) == ("bf16", True, ("strict evaluator",))
