@@ -1,6 +1,5 @@
 """From a file or a live module to a layer specification and its weights. Heads are never guessed."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
-from bca_deploy.layers.isolation import no_library_warnings
 from bca_deploy.layers.reference import build
+from bca_deploy.layers.weight_files import State, read
 from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
 
-State = dict[str, Tensor]
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 _ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
 _TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"
 # Not float8: what it stands for depends on a scale that is kept elsewhere.
@@ -128,63 +124,6 @@ def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
     if len(eps) > 1:
         raise CheckpointError(f"the module's norms have different eps {sorted(eps)}; this layer has one for all")
     return replace(spec, norm_eps=eps.pop()) if eps else spec
-
-
-def read(path: Path) -> State:
-    """Read every tensor of a checkpoint file as it stands, wrappers included.
-
-    Raises:
-        CheckpointError: missing, truncated, holding pickled code, or not a checkpoint.
-    """
-    try:
-        there = path.is_file()
-    except OSError as error:  # a directory on the way, or the name itself
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}; check the path") from error
-    if not there:
-        raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .pt, .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pt", ".pth"):
-        return _flatten(_read_torch(path), path)
-    raise CheckpointError(f"checkpoint {path}: suffix {path.suffix!r} is not known; allowed are .pt, .pth and .safetensors")
-
-
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} is not a readable safetensors file: {error}; save it again") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        with no_library_warnings():  # about the pickle protocol of what is no pickle
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} holds pickled code or is no checkpoint, and code is never run from a checkpoint; "
-            "save tensors only: torch.save(module.state_dict(), path)"
-        ) from error
-    except Exception as error:  # a damaged file fails anywhere in the unpickler: IndexError, struct.error, AssertionError
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read ({first_line(error)}); it may be truncated: copy or save it again"
-        ) from error
-
-
-def _flatten(content: Any, path: Path) -> State:
-    """Unwrap ``{"state_dict": ...}`` and the like down to names and tensors."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict of named tensors")
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            return _flatten(content[wrapper], path)
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"checkpoint {path} holds no tensors; its keys are {sorted(map(str, content))[:8]}")
-    return tensors
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> State:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bca_deploy.errors import LoweringError
-from bca_deploy.layers.checkpoint import Checkpoint, State
+from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_attention import (
     Attention,
     CpuAttention,
@@ -23,6 +23,7 @@ from bca_deploy.layers.lowered_attention import (
     Norm,
     ReferenceAttention,
 )
+from bca_deploy.layers.weight_files import State
 from bca_deploy.spec import DTYPE_OF, Interface, LayerSpec, Lowering, Precision, Runtime
 
 DTYPES: dict[Precision, torch.dtype] = {precision: getattr(torch, name) for precision, name in DTYPE_OF.items()}

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
-from bca_deploy.layers.checkpoint import read, strip_wrappers
+from bca_deploy.layers.checkpoint import strip_wrappers
+from bca_deploy.layers.weight_files import read
 
 _SHOWN = 6
 
