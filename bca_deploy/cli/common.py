@@ -161,11 +161,13 @@ def read_profile(text: str) -> dict[str, dict[str, int] | None]:
     return {name.strip(): read_range(sizes) for name, _, sizes in parts}
 
 
-def check_paths(*paths: Path | None) -> None:
-    """Refuse a missing file before the slow imports."""
+def check_paths(*paths: Path | None, weights: Path | None = None) -> None:
+    """Refuse a missing file before the slow imports; weights may be a directory of them."""
     for path in paths:
         if path is not None and not path.is_file():
             raise InputError(f"{path} does not exist or is not a file; check the path")
+    if weights is not None and not weights.exists():
+        raise InputError(f"{weights} does not exist or is not a file; check the path")
 
 
 def show_engines(path: Path) -> None:

@@ -39,7 +39,7 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
     model: ModelFlag = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Trained weights: .pt, .pth or .safetensors. Seeded weights, or the factory's, where absent."),
+        typer.Option(help="Trained weights, a file or a directory. Seeded weights, or the factory's, where absent."),
     ] = None,
     samples: Annotated[
         list[Path] | None,
@@ -156,7 +156,7 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             "engine": {"library": engine, "targets": tuple(target) if target else None},
             "profile": tuple(map(read_profile, profile)) if profile else None,
         }
-        check_paths(checkpoint, expect, *(samples or ()))
+        check_paths(expect, *(samples or ()), weights=checkpoint)
         with console.progress() as progress:
             plan = _plan(recipe, options, _Given(checkpoint, heads, prefix, expect), _target(out, archive), force, progress)
         from bca_deploy.exporter import pipeline

@@ -71,7 +71,7 @@ def _show_entry(entry: Any, bundle: Path, as_json: bool) -> None:
 @app.command("refit")
 def refit_command(
     bundle: BundleArgument,
-    checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer: .pt, .pth or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer, a file or a directory.")],
     prefix: Annotated[str, typer.Option(help="Where the layer, or the model, is inside a bigger checkpoint.")] = "",
     model: ModelFlag = None,
     expect: Annotated[Path | None, typer.Option(help="Sample .npz of the new weights, in place of the bundle's.")] = None,
@@ -84,7 +84,7 @@ def refit_command(
     Exit codes: 0 done, 1 parity failed, 2 bad input. On 1, 2 and 130 the bundle is as it was.
     """
     with guarded(verbose):
-        check_paths(checkpoint, expect)
+        check_paths(expect, weights=checkpoint)
         refitting = need("exporter.refit")
         from bca_deploy.cli import console
 

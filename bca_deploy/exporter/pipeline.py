@@ -11,7 +11,7 @@ from torch import nn
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.write import staged, write_build
 from bca_deploy.engines import build as engines
-from bca_deploy.errors import BundleError, ParityError
+from bca_deploy.errors import BundleError, InputError, ParityError, nearest
 from bca_deploy.exporter import models
 from bca_deploy.exporter.layer_source import LayerSource
 from bca_deploy.exporter.model_source import read_model
@@ -24,15 +24,17 @@ from bca_deploy.layers.lowered_model import choose
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock, Progress, Silent
 from bca_deploy.whole import proof
+from bca_deploy.whole.calls import unwrapped
 
 
 @plain_torch()
-def export(
+def export(  # noqa: PLR0913  (one parameter per option)
     module: nn.Module,
     out: str | Path,
     *,
     inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     heads: int | None = None,
+    prefix: str = "",
     recipe: str | Path | None = None,
     force: bool = False,
     keep_failed: bool = False,
@@ -53,6 +55,7 @@ def export(
             an axis is dynamic; with one, say which are: ``axes={"video": ("batch", "video_len", None)}``. A mapping is the
             recipe's table of the bare layer's inputs.
         heads: of the bare layer; needed only where the module has no ``heads`` attribute.
+        prefix: which part of the module to export, such as ``encoder.cross``; all of it where empty.
         recipe: a recipe file; its ``[layer]`` must agree with the bare layer.
         force: replace an existing bundle.
         keep_failed: leave what failed parity as ``<out>.failed``.
@@ -66,6 +69,7 @@ def export(
     Raises:
         BcaError: see errors.py; nothing is left at ``out``.
     """
+    module = _part(module, prefix)
     path, progress = Path(recipe) if recipe else None, progress or Silent()
     if inputs is None or isinstance(inputs, Mapping):
         read = read_recipe(path, {**options, "inputs": inputs})
@@ -78,11 +82,27 @@ def export(
     return Bundle.open(out)
 
 
+def _part(module: nn.Module, prefix: str) -> nn.Module:
+    if not prefix or not isinstance(module, nn.Module):  # no module is refused further on, with the way out
+        return module
+    try:
+        return unwrapped(module).get_submodule(prefix.removesuffix("."))
+    except AttributeError as error:
+        parts = [name for name, _ in module.named_modules()]
+        told = f"the {type(module).__name__} has no such part{nearest(prefix, parts)}"
+        raise InputError(f"prefix {prefix!r}: {told}; give the path of a module in it") from error
+
+
 def _bare(module: nn.Module, heads: int | None, recipe: Recipe) -> LayerSource:
     """Return the layer that a module is, held against the reference, with a sample of its own outputs."""
     checkpoint = from_module(module, heads)
+    if checkpoint.spec.family != "seed":
+        raise InputError(
+            f"{checkpoint.spec.kin.title} is exported as a whole model, with samples of its own inputs: "
+            "export(module, out, inputs=[a, b])"
+        )
     choose(recipe.lowering, checkpoint.spec, recipe.interface)  # before the module is run, which may be impossible too
-    module = proof.unwrapped(module)
+    module = unwrapped(module)
     proof.check(module, checkpoint, recipe.interface)
     expected = proof.sample_of(module, checkpoint, recipe.interface, recipe.ranges)
     return layer_source(recipe, checkpoint, expected)

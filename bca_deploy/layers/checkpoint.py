@@ -1,7 +1,7 @@
 """From a file or a live module to a layer specification and its weights. Heads are never guessed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
+from bca_deploy.layers.places import (
+    CONTAINERS,
+    FILE,
+    MODULE,
+    PARALLEL,
+    Words,
+    dotted,
+    listing,
+    locate,
+    plain,
+    refuse_unmerged,
+)
 from bca_deploy.layers.reference import build
+from bca_deploy.layers.relatives import Relative, family_of, read_relative
 from bca_deploy.layers.weight_files import State, read
 from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
 
-_ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
-_TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"
 # Not float8: what it stands for depends on a scale that is kept elsewhere.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Either side's will do: the missing one is then named.
@@ -34,7 +45,7 @@ class Checkpoint:
     def module(self, dtype: torch.dtype) -> nn.Module:
         """Return the reference module in eval mode with these weights rounded to ``dtype``."""
         with torch.device("meta"):  # else its random first weights would move the caller's random numbers on
-            module = build(self.spec)
+            module = build(self.spec) if self.spec.family == "seed" else Relative(self.spec)
         module.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in self.state.items()}, assign=True)
         return module.eval()
 
@@ -43,9 +54,10 @@ def load(path: Path, heads: int | None = None, prefix: str = "") -> Checkpoint:
     """Read a trained layer or transformer from a checkpoint file.
 
     Args:
-        path: ``.pt``, ``.pth`` (tensors only, never pickled code) or ``.safetensors``.
+        path: a file or directory as :func:`bca_deploy.layers.weight_files.read` takes them.
         heads: required unless the layer has talking heads.
-        prefix: where the layer sits inside a bigger state dict, such as ``encoder.fusion.``.
+        prefix: where the layer sits inside a bigger state dict, such as ``encoder.fusion.``; containers such as ``model`` and
+            ``ema`` are prefixes, too, and ``model`` and ``state_dict`` may be left out.
 
     Returns:
         The specification and the layer's own weights.
@@ -57,22 +69,26 @@ def load(path: Path, heads: int | None = None, prefix: str = "") -> Checkpoint:
     return from_state(read(path), heads, prefix)
 
 
-def from_state(
-    state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "", advice: str = "use --prefix"
-) -> Checkpoint:
-    """Make a checkpoint of a state dict; arguments and errors as for :func:`load`.
+def from_state(state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "") -> Checkpoint:
+    """Make a checkpoint of a state dict; arguments and errors as for :func:`load`."""
+    return _from_state(state, heads, prefix, CONTAINERS, FILE)
 
-    Args:
-        state: names and tensors.
-        heads: as for :func:`load`.
-        prefix: as for :func:`load`.
-        advice: what to do where the layers are further inside.
-    """
-    layer = _select(strip_wrappers(state), prefix, advice)
+
+def _from_state(
+    state: Mapping[str, Tensor], heads: int | None, prefix: str, containers: Sequence[str], words: Words
+) -> Checkpoint:
+    layer = _inside({plain(name): tensor for name, tensor in state.items()}, dotted(prefix), containers, words)
     _check_values(layer)
     spec = infer(layer, heads)
-    _check_keys(layer, spec)
+    _check_keys(layer, spec, words)
     return Checkpoint(spec, {name: _copy(tensor) for name, tensor in sorted(layer.items())})
+
+
+def _inside(state: State, prefix: str, containers: Sequence[str], words: Words) -> State:
+    place = locate(state, prefix, containers, words)
+    found = {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
+    refuse_unmerged(found)
+    return found
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -82,7 +98,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
-    """Read a live module: the seed's layer, the published package's layer or its transformer.
+    """Read a live module: the seed's layer, the published package's layer or its transformer, or a relative.
 
     Args:
         module: the trained module; its ``heads`` and norm epsilon are read from it.
@@ -96,9 +112,12 @@ def from_module(module: nn.Module, heads: int | None = None) -> Checkpoint:
         InputError: it is no module.
     """
     _check_module(module)
+    if (row := family_of(module)) is not None and row.name != "seed":
+        spec, state = read_relative(module, row)
+        _check_values(state)
+        return Checkpoint(spec, {name: _copy(tensor) for name, tensor in sorted(state.items())})
     own: list[Any] = [m.heads for m in module.modules() if isinstance(getattr(m, "heads", None), int)]
-    advice = "to export the whole model give samples of its inputs, export(model, out, inputs=[a, b])"
-    found = from_state(module.state_dict(), heads if heads is not None or not own else own[0], advice=advice)
+    found = _from_state(module.state_dict(), heads if heads is not None or not own else own[0], "", PARALLEL, MODULE)
     return Checkpoint(_with_eps(found.spec, module), found.state)
 
 
@@ -124,38 +143,6 @@ def _with_eps(spec: LayerSpec, module: nn.Module) -> LayerSpec:
     if len(eps) > 1:
         raise CheckpointError(f"the module's norms have different eps {sorted(eps)}; this layer has one for all")
     return replace(spec, norm_eps=eps.pop()) if eps else spec
-
-
-def strip_wrappers(state: Mapping[str, Tensor]) -> State:
-    """Drop what DataParallel (``module.`` in front) and torch.compile (``_orig_mod.`` anywhere) add to names."""
-    compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    while compiled and all(name.startswith("module.") for name in compiled):
-        compiled = {name.removeprefix("module."): tensor for name, tensor in compiled.items()}
-    return compiled
-
-
-def _select(state: State, prefix: str, advice: str) -> State:
-    prefix = prefix.replace("_orig_mod.", "")
-    prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
-    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    if {_ANCHOR, _TRANSFORMER_ANCHOR, _TRANSFORMER_ANCHOR.replace("to_qk", "context_to_qk")} & set(inside):
-        return inside
-    places = _places(state)
-    if not places:
-        raise CheckpointError(
-            f"no {_ANCHOR} anywhere in the checkpoint, so it holds no bidirectional cross-attention; "
-            f"its keys are {_listing(state)}"
-        )
-    where = f"under prefix {prefix!r}" if prefix else "at the root of the checkpoint"
-    raise CheckpointError(f"no layer {where}{nearest(prefix, places)}; layers are at: {', '.join(map(repr, places))}; {advice}")
-
-
-def _places(state: State) -> list[str]:
-    """Return the prefixes under which a layer or a transformer stands."""
-    attention = {name.removesuffix(_ANCHOR) for name in state if name.endswith("." + _ANCHOR) or name == _ANCHOR}
-    attention = {place for place in attention if not place.endswith("context_")}
-    blocks = {place: re.sub(r"layers\.\d+\.0\.$", "", place) for place in attention}
-    return sorted({root if f"{root}{_TRANSFORMER_ANCHOR}" in state else place for place, root in blocks.items()})
 
 
 def _check_values(state: State) -> None:
@@ -227,7 +214,7 @@ def _depth(state: State) -> int | None:
 
 def _matrix(state: State, name: str, place: str = "") -> tuple[int, int]:
     if name not in state:
-        raise CheckpointError(f"key {place}{name} is missing{nearest(name, state)}; the keys there are {_listing(state)}")
+        raise CheckpointError(f"key {place}{name} is missing{nearest(name, state)}; the keys there are {listing(state)}")
     if state[name].ndim != 2:
         raise CheckpointError(f"{name} has shape {list(state[name].shape)}; a matrix is expected")
     return int(state[name].shape[0]), int(state[name].shape[1])
@@ -254,14 +241,14 @@ def _heads(attention: State, heads: int | None, inner: int) -> int:
     return heads
 
 
-def _check_keys(state: State, spec: LayerSpec) -> None:
+def _check_keys(state: State, spec: LayerSpec, words: Words) -> None:
     """Hold names and shapes against those of the module that ``spec`` builds."""
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in build(spec).state_dict().items()}
     unknown = sorted(set(state) - set(wanted))
     absent = sorted(set(wanted) - set(state))
     if unknown or absent:
-        raise CheckpointError("; ".join(_key_problems(unknown, absent, wanted)))
+        raise CheckpointError("; ".join(_key_problems(unknown, absent, wanted, words)))
     wrong = [
         f"{name} {list(state[name].shape)}, needs {list(shape)}" for name, shape in wanted.items() if state[name].shape != shape
     ]
@@ -271,17 +258,25 @@ def _check_keys(state: State, spec: LayerSpec) -> None:
         )
 
 
-def _key_problems(unknown: list[str], absent: list[str], wanted: Mapping[str, object]) -> list[str]:
+def _key_problems(unknown: list[str], absent: list[str], wanted: Mapping[str, object], words: Words) -> list[str]:
     problems = [f"unknown key {name}{nearest(name, absent or wanted)}" for name in unknown[:8]]
     problems += [f"missing key {name}" for name in absent[:8]]
     hidden = len(unknown) + len(absent) - len(problems)
     tail = [f"and {hidden} more"] if hidden > 0 else []
-    return [*problems, *tail, "the checkpoint must hold exactly one layer or transformer; use --prefix to point at it"]
+    if _is_different(unknown, absent, wanted):
+        return [
+            *problems,
+            *tail,
+            "so it is a different layer, whose forward is not told by its weights, and not exactly one layer as published; "
+            f"export the model around it, with this layer as it is: {words.literal}",
+        ]
+    return [*problems, *tail, f"the {words.root} must hold exactly one layer or transformer; {words.point} to point at it"]
 
 
-def _listing(state: Mapping[str, object]) -> str:
-    names = sorted(state)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _is_different(unknown: list[str], absent: list[str], wanted: Mapping[str, object]) -> bool:
+    """Whether it has all of the layer and more, or a part of the layer in another make: no prefix leads to anything else."""
+    parts = tuple({f"{name.rpartition('.')[0]}." for name in wanted})
+    return bool(unknown) and (not absent or any(name.startswith(parts) for name in unknown))
 
 
 def is_query_weight(name: str) -> bool:

@@ -1,4 +1,7 @@
-"""A whole model from the command line: made by the user's own code, its weights from a checkpoint. Runs that code."""
+"""A whole model from the command line: made by the user's own code, its weights from a checkpoint. Runs that code.
+
+A ``.pt2`` file has none: what it holds is read.
+"""
 
 import importlib
 import importlib.util
@@ -12,8 +15,9 @@ import torch
 from torch import nn
 
 from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
-from bca_deploy.layers.checkpoint import strip_wrappers
+from bca_deploy.layers.places import candidates, dotted, plain, say_choice
 from bca_deploy.layers.weight_files import read
+from bca_deploy.programs import read as program
 
 _SHOWN = 6
 
@@ -22,7 +26,7 @@ def make(place: str, checkpoint: Path | None = None, prefix: str = "") -> nn.Mod
     """Return the module that a factory makes, or that stands there.
 
     Args:
-        place: ``pkg.module:factory`` or ``path/to/file.py:factory``; a factory is called without arguments.
+        place: ``pkg.module:factory`` or ``path/to/file.py:factory``; a factory is called without arguments. Or a ``.pt2`` file.
         checkpoint: loaded into it, as :func:`load_into` does.
         prefix: where the model is inside a bigger checkpoint.
 
@@ -30,14 +34,16 @@ def make(place: str, checkpoint: Path | None = None, prefix: str = "") -> nn.Mod
         InputError: it is written otherwise, cannot be imported, raises, or makes no module.
         CheckpointError: as for :func:`load_into`.
     """
-    if place.endswith(".pt2"):
-        raise InputError(
-            f"--model {place}: exported programs are not read; give the code that made it, --model pkg.module:factory, and its "
-            "weights by --checkpoint"
-        )
+    found = program.read(Path(place)) if place.endswith(".pt2") else _made(place)
+    if checkpoint is not None:
+        load_into(found, checkpoint, prefix)
+    return found
+
+
+def _made(place: str) -> nn.Module:
     where, colon, name = place.rpartition(":")
     if not (colon and where and name):
-        raise InputError(f"--model {place!r}: give pkg.module:factory, or path/to/file.py:factory")
+        raise InputError(f"--model {place!r}: give pkg.module:factory, or path/to/file.py:factory, or a .pt2 file")
     code = _imported(where)
     if not hasattr(code, name):
         raise InputError(f"--model {place}: {where} has no {name}{nearest(name, vars(code))}")
@@ -46,8 +52,6 @@ def make(place: str, checkpoint: Path | None = None, prefix: str = "") -> nn.Mod
         found = _called(place, found)
     if not isinstance(found, nn.Module):
         raise InputError(f"--model {place}: it gives a {type(found).__name__}; a torch.nn.Module is needed")
-    if checkpoint is not None:
-        load_into(found, checkpoint, prefix)
     return found
 
 
@@ -97,21 +101,35 @@ def load_into(model: nn.Module, path: Path, prefix: str = "") -> None:
 
     Args:
         model: takes the weights.
-        path: ``.pt``, ``.pth`` (tensors only) or ``.safetensors``.
-        prefix: where the model is inside a bigger state dict.
+        path: as :func:`bca_deploy.layers.weight_files.read` takes it.
+        prefix: where the model is inside a bigger state dict; ``model`` and ``state_dict`` in front may be left out.
 
     Raises:
         CheckpointError: it cannot be read, lacks a key, has one too many, or another shape.
     """
-    state = strip_wrappers(read(path))
-    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-    inside = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
-    problems = _problems(model.state_dict(), inside)
-    if problems:
+    state = {plain(name): tensor for name, tensor in read(path).items()}
+    wanted = model.state_dict()
+    fits = {place: _inside(state, place) for place in candidates(state, dotted(prefix))}
+    nearest_one = max(fits, key=lambda place: len(wanted.keys() & fits[place].keys()))
+    place = next((place for place, inside in fits.items() if not _problems(wanted, inside)), nearest_one)
+    if problems := _problems(wanted, fits[place]):
         raise CheckpointError(
             f"{path} is not of this {type(model).__name__}: {'; '.join(problems)}; check --model and --prefix"
         )
-    model.load_state_dict(inside)
+    if place != dotted(prefix):
+        say_choice(place, _others(wanted, state, place, dotted(prefix)))
+    model.load_state_dict(fits[place])
+
+
+def _inside(state: Mapping[str, torch.Tensor], place: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
+
+
+def _others(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], place: str, prefix: str) -> list[str]:
+    """Return where else the model's weights stand."""
+    first = next(iter(wanted), "")
+    found = [name.removesuffix(first) for name in state if name.endswith(f"{prefix}{first}")]
+    return [other for other in found if other != place and not _problems(wanted, _inside(state, other))]
 
 
 def _problems(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:

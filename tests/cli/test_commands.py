@@ -106,7 +106,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save([1, 2], place / "list.pt")
     torch.save({"model": Code(), **state}, place / "code.pt")
     (place / "text.pt").write_text("not a checkpoint")
-    (place / "layer.bin").write_bytes((place / "layer.pt").read_bytes())
+    (place / "layer.h5").write_bytes((place / "layer.pt").read_bytes())
     for name in ("layer.safetensors", "layer.pt"):
         whole = (place / name).read_bytes()
         (place / f"cut-{name}").write_bytes(whole[: len(whole) // 2])
@@ -219,15 +219,15 @@ BAD_INPUT = {
     ),
     "truncated pt": ("--checkpoint {samples}/cut-layer.pt --heads 3", r"cannot be read .*it may be truncated: copy or save it"),
     "pickled code": ("--checkpoint {samples}/code.pt --heads 3", "code is never run from a checkpoint; save tensors only"),
-    "text": ("--checkpoint {samples}/text.pt --heads 3", "holds pickled code or is no checkpoint"),
+    "text": ("--checkpoint {samples}/text.pt --heads 3", r"cannot be read \(it is no file of torch\.save\)"),
     "a list": ("--checkpoint {samples}/list.pt --heads 3", "holds a list, not a state dict of named tensors"),
     "another model": (
         "--checkpoint {samples}/other.safetensors --heads 3",
         r"no to_qk\.weight anywhere in the checkpoint, so it holds no .*its keys are conv\.weight",
     ),
     "another suffix": (
-        "--checkpoint {samples}/layer.bin --heads 3",
-        r"suffix '\.bin' is not known; allowed are \.pt, \.pth and",
+        "--checkpoint {samples}/layer.h5 --heads 3",
+        r"suffix '\.h5' is not known; allowed are \.pt, \.pth, \.ckpt",
     ),
     "no file": ("--checkpoint nowhere.pt --heads 3", r"nowhere\.pt does not exist or is not a file; check the path"),
     "wrong prefix": (

@@ -543,7 +543,7 @@ def test_random_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, cont
         (3, r"holds a int, not a state dict of named tensors"),
         ({}, r"holds no tensors; its keys are \[\]"),
         ({"epoch": 3, "lr": 0.1}, r"holds no tensors; its keys are \['epoch', 'lr'\]"),
-        ({"state_dict": {"epoch": 3}}, r"holds no tensors; its keys are \['epoch'\]"),
+        ({"state_dict": {"epoch": 3}}, r"holds no tensors; its keys are \['state_dict\.epoch'\]"),
     ],
     ids=["list", "tensor", "int", "empty", "no tensors", "wrapped nothing"],
 )
@@ -558,10 +558,10 @@ def test_a_safetensors_file_without_tensors_is_refused(tmp_path: Path) -> None:
         load(save({}, tmp_path / "model.safetensors"), heads=3)
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.onnx", "model"])
+@pytest.mark.parametrize("name", ["model.h5", "model.onnx", "model"])
 def test_an_unknown_suffix_is_refused_with_those_allowed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    said = rf"suffix '{re.escape(Path(name).suffix)}' is not known; allowed are \.pt, \.pth and \.safetensors"
+    said = rf"suffix '{re.escape(Path(name).suffix)}' is not known; allowed are \.pt, \.pth, \.ckpt, \.bin, \.safetensors"
     with pytest.raises(CheckpointError, match=said):
         load(tmp_path / name, heads=3)
 

@@ -154,6 +154,23 @@ def test_a_model_inside_a_bigger_state_dict_has_a_prefix(tmp_path: Path, trained
     assert all(bool((tensor == 3).all()) for tensor in loaded(tmp_path / "a.pt", prefix).state_dict().values())
 
 
+@pytest.mark.parametrize(
+    ("prefix", "value", "said"),
+    [
+        ("", 3, "the checkpoint has more than one: 'model.' is taken, and not 'ema.module.'; --prefix takes another"),
+        ("ema", 4, ""),
+        ("ema.module.", 4, ""),
+    ],
+)
+def test_of_two_containers_one_is_taken_and_the_choice_said(
+    tmp_path: Path, trained: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture, prefix: str, value: int, said: str
+) -> None:
+    averaged = {f"module.{name}": torch.full_like(tensor, 4) for name, tensor in trained.items()}
+    torch.save({"model": trained, "ema": averaged, "optimizer": {"state": {0: torch.ones(2)}}}, tmp_path / "a.ckpt")
+    assert all(bool((tensor == value).all()) for tensor in loaded(tmp_path / "a.ckpt", prefix).state_dict().values())
+    assert "".join(record.getMessage() for record in caplog.records) == said
+
+
 def refused(tmp_path: Path, state: dict[str, torch.Tensor], prefix: str = "") -> str:
     torch.save(state, tmp_path / "a.pt")
     made = model()
@@ -192,9 +209,9 @@ def test_a_wrong_prefix_names_every_key_as_missing(tmp_path: Path, trained: dict
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").touch()
-    with pytest.raises(CheckpointError, match=r"a\.bin: suffix '\.bin' is not known"):
-        load_into(model(), tmp_path / "a.bin")
+    (tmp_path / "a.h5").touch()
+    with pytest.raises(CheckpointError, match=r"a\.h5: suffix '\.h5' is not known"):
+        load_into(model(), tmp_path / "a.h5")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_into(model(), tmp_path / "b.pt")
 
