@@ -4,12 +4,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from bca_deploy.errors import InputError, check_one_of
+from bca_deploy.families import FAMILIES, Family, FamilyName
 from bca_deploy.signature import Axis, DimRange, Dims, DType, Signature, Tensor
 
 Norm = Literal["layer", "rms"]
 Bias = Literal["none", "plane", "shared", "batch"]
 Precision = Literal["fp32", "fp16", "bf16"]
-Lowering = Literal["reference", "fused"]
+# Of a relative whose projections are absorbed; layers/absorbed.py says what they are.
+AbsorbedForm = Literal["flat", "loopq", "expand"]
+Lowering = Literal["reference", "fused"] | AbsorbedForm
 Runtime = Literal["portable", "onnxruntime-cpu"]
 EngineLibrary = Literal["rtx", "tensorrt"]
 
@@ -54,9 +57,10 @@ class LayerSpec:
         ff_hidden: hidden width of the transformer's feed-forward on ``x``.
         context_ff_hidden: the same on ``context``.
         final_norms: the transformer normalises its outputs.
+        family: whose layer it is; a relative has neither norms, talking heads nor depth, and one feed-forward at most.
 
     Raises:
-        InputError: an unknown norm, a size below 1, or a combination that the published transformer cannot run.
+        InputError: an unknown norm or family, a size below 1, or a combination that does not exist.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -73,6 +77,7 @@ class LayerSpec:
     ff_hidden: int | None = None
     context_ff_hidden: int | None = None
     final_norms: bool = False
+    family: FamilyName = "seed"
 
     def __post_init__(self) -> None:
         sizes = ("dim", "context_dim", "heads", "dim_head", "depth", "ff_hidden", "context_ff_hidden")
@@ -83,7 +88,13 @@ class LayerSpec:
         check_one_of("layer.norm", self.norm, get_args(Norm))
         if self.norm_eps == 0.0:
             object.__setattr__(self, "norm_eps", NORM_EPS[self.norm])
-        _check_transformer(self)
+        check_one_of("layer.family", self.family, get_args(FamilyName))
+        _check_transformer(self) if self.family == "seed" else _check_relative(self)
+
+    @property
+    def kin(self) -> Family:
+        """The row of its family."""
+        return FAMILIES[self.family]
 
     @property
     def inner_dim(self) -> int:
@@ -99,6 +110,14 @@ class LayerSpec:
     def attention(self) -> "LayerSpec":
         """The attention layer inside one transformer block; a bare layer is its own."""
         return replace(self, depth=None, ff_hidden=None, context_ff_hidden=None, final_norms=False)
+
+
+def _check_relative(spec: LayerSpec) -> None:
+    has = {"talking_heads": spec.talking_heads, "prenorm": spec.prenorm, "depth": spec.depth, "final_norms": spec.final_norms}
+    has |= {"context_ff_hidden": spec.context_ff_hidden, "ff_hidden": spec.ff_hidden if not spec.kin.feed_forward else None}
+    for name, value in has.items():
+        if value:
+            raise InputError(f"layer.{name} is set, which {spec.kin.title} has not; leave it out")
 
 
 def _check_transformer(spec: LayerSpec) -> None:

@@ -71,10 +71,11 @@ class Attention(nn.Module):
         self.heads, self.head_size, self.scale, self.dtype = spec.heads, spec.dim_head, spec.scale, dtype
         self.norm = Norm(spec, spec.dim, dtype) if spec.prenorm else nn.Identity()
         self.context_norm = Norm(spec, spec.context_dim, dtype) if spec.prenorm else nn.Identity()
-        self.to_qk = Linear(spec.dim, width, bias=False)
-        self.context_to_qk = Linear(spec.context_dim, width, bias=False)
-        self.to_v = Linear(spec.dim, spec.inner_dim, bias=False)
-        self.context_to_v = Linear(spec.context_dim, spec.inner_dim, bias=False)
+        bias = spec.kin.projection_bias
+        self.to_qk = Linear(spec.dim, width, bias)
+        self.context_to_qk = Linear(spec.context_dim, width, bias)
+        self.to_v = Linear(spec.dim, spec.inner_dim, bias)
+        self.context_to_v = Linear(spec.context_dim, spec.inner_dim, bias)
         self.to_out = Linear(spec.inner_dim, spec.dim, bias=True)
         self.context_to_out = Linear(spec.inner_dim, spec.context_dim, bias=True)
 
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         qk = self.split(self.quiet(self.to_qk(x), extras.mask)) * self.scale
         context_qk = self.split(self.quiet(self.context_to_qk(context), extras.context_mask))
         out, context_out, *maps = self.attend(qk, context_qk, self.to_v(x), self.context_to_v(context), extras)
-        return self.to_out(_merge(out)), self.context_to_out(_merge(context_out)), *maps
+        return self.to_out(self.merge(out)), self.context_to_out(self.merge(context_out)), *maps
 
     def quiet(self, qk: Tensor, mask: Tensor | None) -> Tensor:
         """Return queries and keys with nothing at padding that would show through what hides it."""
@@ -110,10 +111,13 @@ class Attention(nn.Module):
         """From ``[N, B, H * D]`` to ``[B, H, N, D]``."""
         return t.reshape(*t.shape[:2], self.heads, -1).permute(1, 2, 0, 3)
 
+    def merge(self, t: Tensor) -> Tensor:
+        """From ``[B, H, N, D]`` to ``[N, B, H * D]``."""
+        return t.permute(2, 0, 1, 3).flatten(-2)
 
-def _merge(t: Tensor) -> Tensor:
-    """From ``[B, H, N, D]`` to ``[N, B, H * D]``."""
-    return t.permute(2, 0, 1, 3).flatten(-2)
+    def rows(self, mask: Tensor) -> Tensor:
+        """From ``[B, N]`` to what broadcasts over activations."""
+        return mask.t()[..., None]
 
 
 class ReferenceAttention(Attention):
@@ -153,7 +157,7 @@ class FusedAttention(Attention):
         """
         if mask is None or self.prenorm:
             return qk
-        return torch.where(mask.t()[..., None], qk, torch.zeros((), dtype=qk.dtype))
+        return torch.where(self.rows(mask), qk, torch.zeros((), dtype=qk.dtype))
 
     def attend(self, qk: Tensor, context_qk: Tensor, v: Tensor, context_v: Tensor, extras: Extras) -> tuple[Tensor, ...]:
         """Return both outputs; arguments as for :meth:`Attention.attend`."""
@@ -173,15 +177,19 @@ class FusedAttention(Attention):
             # The bias of a padded pair may be anything too, and no norm comes before it.
             sim = sim + self._key_mask(other) if bias is None else torch.where(other[:, None, None, :], sim, self._lowest())
         attended = sim.softmax(-1) @ self.split(v)
-        live = _live_rows(own, other)
-        return attended if live is None else torch.where(live, attended, self.split(_mean(v)))
+        live = live_rows(own, other)
+        return attended if live is None else torch.where(live, attended, self.dead(v))
+
+    def dead(self, v: Tensor) -> Tensor:
+        """Return what a row gives that has no live key, of values as they are kept."""
+        return self.split(_mean(v))
 
     def _key_mask(self, live: Tensor) -> Tensor:
         """Return ``[B, 1, 1, keys]``: 0 where live, the lowest number where dead."""
         return torch.where(live, torch.zeros((), dtype=self.dtype), self._lowest())[:, None, None, :]
 
 
-def _live_rows(own: Tensor | None, other: Tensor | None) -> Tensor | None:
+def live_rows(own: Tensor | None, other: Tensor | None) -> Tensor | None:
     """Return ``[B, 1, rows or 1, 1]``, true where a row is live; None where no row can be dead."""
     # The sum of floats, not any(): the conversion of any() down to opset 17 fails without a word.
     some = None if other is None else other.float().sum(-1, keepdim=True) > 0
@@ -205,7 +213,13 @@ class CpuAttention(Attention):
         qk, context_qk = self.to_qk(self.heard(x, extras.mask)), self.context_to_qk(self.heard(context, extras.context_mask))
         qk, context_qk = self.mark(qk, context_qk, extras)
         out = self._one_way(qk, context_qk, self.context_to_v(context))
-        return self.to_out(out), self.context_to_out(self._one_way(context_qk, qk, self.to_v(x)))
+        context_out = self._one_way(context_qk, qk, self.to_v(x))
+        out, context_out = self.settled(out, context_out, extras)
+        return self.to_out(out), self.context_to_out(context_out)
+
+    def settled(self, out: Tensor, context_out: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
+        """Return both with dead rows as the family has them."""
+        return out, context_out
 
     def heard(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return what queries and keys are made of."""

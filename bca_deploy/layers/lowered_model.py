@@ -23,6 +23,7 @@ from bca_deploy.layers.lowered_attention import (
     Norm,
     ReferenceAttention,
 )
+from bca_deploy.layers.lowered_relatives import lower_relative
 from bca_deploy.layers.weight_files import State
 from bca_deploy.spec import DTYPE_OF, Interface, LayerSpec, Lowering, Precision, Runtime
 
@@ -94,6 +95,9 @@ def lower(
     if attention_maps and (lowering == "fused" or checkpoint.spec.depth is not None):
         raise LoweringError("attention maps exist only in the 'reference' lowering of a bare layer")
     dtype = DTYPES[precision]
+    if checkpoint.spec.family != "seed":
+        core = lower_relative(checkpoint.spec, checkpoint.state, lowering, dtype, runtime, masked)
+        return LoweredModel(core, dtype, torch.float32 if keep_io_types else dtype, False, sequence_first=False).eval()
     kind = _kind(lowering, runtime, masked)
     with torch.device("meta"):
         core = _build(checkpoint.spec, kind, dtype)

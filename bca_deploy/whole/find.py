@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from bca_deploy.errors import CheckpointError, InputError, ParityError, first_line, nearest
+from bca_deploy.families import FAMILIES
 from bca_deploy.layers.checkpoint import Checkpoint, from_module
-from bca_deploy.whole.proof import Call, Proof, call_of, check, takes
+from bca_deploy.layers.relatives import family_of
+from bca_deploy.programs.pieces import Piece
+from bca_deploy.whole.calls import Call, call_of, takes
+from bca_deploy.whole.proof import Proof, check
 
-# What a layer has directly below it, and a transformer in its first block.
-_WEIGHTS = ("to_qk", "context_to_qk", "to_v", "context_to_v", "to_out", "context_to_out")
-_FIRST_BLOCK = "layers.0.0."
-_LOOKED_FOR = "a module with to_qk, context_to_qk, to_v, context_to_v, to_out and context_to_out, or a transformer of such"
+# What a transformer has in its first block.
+_IN_FIRST_BLOCK = {f"layers.0.0.{name}.weight" for name in FAMILIES["seed"].projections}
+_LOOKED_FOR = "; ".join(f"{row.title} ({', '.join(row.projections)})" for row in FAMILIES.values())
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def find(model: nn.Module, keep_literal: Sequence[str] = (), allow_none: bool = 
     found = tuple(_proven(model, path) for path in paths if path not in keep_literal)
     if not paths and not allow_none:
         raise CheckpointError(
-            f"no bidirectional cross-attention in this {type(model).__name__}: looked for {_LOOKED_FOR}; --allow-none exports "
-            "the model as it is"
+            f"no bidirectional cross-attention in this {type(model).__name__}: looked for a module with the linear "
+            f"layers of {_LOOKED_FOR}, or a transformer of the first; --allow-none exports the model as it is"
         )
     return found
 
@@ -71,10 +74,7 @@ def _candidates(model: nn.Module) -> Iterator[str]:
 
 
 def _looks_right(module: nn.Module) -> bool:
-    if set(_WEIGHTS) <= set(module._modules):
-        return True
-    names = _tensors(module)
-    return {f"{_FIRST_BLOCK}{name}.weight" for name in _WEIGHTS} <= names
+    return family_of(module) is not None or _tensors(module) >= _IN_FIRST_BLOCK
 
 
 def _tensors(module: nn.Module) -> set[str]:
@@ -84,8 +84,10 @@ def _tensors(module: nn.Module) -> set[str]:
 
 
 def _check_plain(path: str, module: nn.Module) -> None:
+    if isinstance(module, Piece) and module.obstacle:
+        raise CheckpointError(f"{_shown(path)} {module.obstacle}" + (f"; or keep it as it is: --keep-literal {path}" if path else ""))
     has = _tensors(module)
-    for name in _WEIGHTS:
+    for name in (family_of(module) or FAMILIES["seed"]).projections:
         if hasattr(module, name) and f"{name}.weight" not in has:  # a transformer has them further inside
             kind = type(module.get_submodule(name)).__name__
             raise CheckpointError(
@@ -100,7 +102,8 @@ def _proven(model: nn.Module, path: str) -> Found:
     _check_plain(path, module)
     way_out = f"; --keep-literal {path} exports it as it is" if path else ""
     try:
-        checkpoint, call = from_module(module), call_of(module)
+        checkpoint = from_module(module)
+        call = call_of(module, checkpoint.spec.kin)
         interface = takes(call, checkpoint.spec)
         proof = check(module, checkpoint, interface)
     except ParityError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bca_deploy.errors import InputError, nearest
-from bca_deploy.whole.attention import ZerosWithoutKeys
+from bca_deploy.tracing.attention import ZerosWithoutKeys
 
 #: Tensors by the names of forward's arguments, on the CPU.
 Sample = dict[str, Tensor]

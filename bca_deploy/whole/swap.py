@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bca_deploy.errors import ExportError, InputError, first_line
+from bca_deploy.layers.absorbed import absorbed_form
 from bca_deploy.layers.lowered_model import DTYPES, LoweredModel, lower
 from bca_deploy.spec import INPUT_NAMES, MASK_NAMES, OUTPUT_NAMES, Lowering, Precision, Runtime
+from bca_deploy.whole.calls import unwrapped
 from bca_deploy.whole.find import Found
-from bca_deploy.whole.proof import pinned, unwrapped
+from bca_deploy.whole.proof import pinned
 from bca_deploy.whole.samples import Sample, named_outputs
 
 # Put in the place of attention maps: what shows wherever numbers count, and what a comparison sees, which takes NaN for small.
@@ -59,21 +61,15 @@ class StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_original"][0], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run as the original does."""
-        given = self._call.given(self._signature, args, kwargs)
+        call, given = self._call, self._call.given(self._signature, args, kwargs)
         tensors = {name: _like(name, given[name], self.lowered.edge) for name in INPUT_NAMES if given.get(name) is not None}
         out, context_out, *maps = self.lowered(**tensors)
         self._taps.add(self._path, (out, context_out))
-        if not given.get("return_attn") or self._spec.depth is not None:  # the transformer ignores it
-            return out, context_out
-        return (out, context_out, *(maps or self._no_maps(tensors)))
-
-    def _no_maps(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return maps of the right shape for a caller who drops them."""
-        x, context = tensors["x"], tensors["context"]
-        maps = x.new_zeros(x.shape[0], self._spec.heads, x.shape[1], context.shape[1])
-        return maps, maps
+        asked = bool(given.get("return_attn")) and self._spec.depth is None  # the transformer ignores it
+        shown = tuple(maps) if asked and maps else call.no_maps(tensors["x"], tensors["context"], self._spec.heads, asked)
+        return call.returned((out, context_out, *shown))
 
 
 def _like(name: str, value: Tensor, edge: torch.dtype) -> Tensor:
@@ -143,20 +139,25 @@ class Use:
         masked: whether any call gives it a mask.
         biased: whether any call gives it a bias.
         maps: whether its attention maps show in the model's outputs; only the literal form has them.
+        lengths: of ``x`` and of ``context``, in the longest of the calls.
     """
 
     calls: int
     masked: bool
     biased: bool
     maps: bool
+    lengths: tuple[int, int] = field(default=(1, 1), compare=False)
 
-    def lowering(self, found: Found) -> Lowering:
-        """Return the form that the layer takes."""
+    def lowering(self, found: Found, runtime: Runtime = "portable") -> Lowering:
+        """Return the form that the layer takes in a graph for a runtime."""
+        if found.checkpoint.spec.kin.absorbed:
+            return absorbed_form(runtime, *self.lengths)
         return "reference" if self.maps or found.checkpoint.spec.talking_heads else "fused"
 
     def has_cpu_form(self, found: Found) -> bool:
-        """Whether there is a second form for onnxruntime on CPU: fused, without a bias."""
-        return self.lowering(found) == "fused" and not self.biased
+        """Whether there is a second form for onnxruntime on CPU: fused, without a bias, or of absorbed projections."""
+        forms = self.lowering(found), self.lowering(found, "onnxruntime-cpu")
+        return (forms[0] == "fused" and not self.biased) or forms[0] != forms[1]
 
 
 def swap(model: nn.Module, founds: Sequence[Found], uses: Mapping[str, Use], precision: Precision, runtime: Runtime) -> Swapped:
@@ -179,7 +180,7 @@ def swap(model: nn.Module, founds: Sequence[Found], uses: Mapping[str, Use], pre
 
 def _lowered(found: Found, use: Use, precision: Precision, runtime: Runtime) -> LoweredModel:
     form = runtime if use.has_cpu_form(found) else "portable"
-    lowering = use.lowering(found)
+    lowering = use.lowering(found, form)
     return lower(found.checkpoint, lowering, precision, False, use.maps, form, use.masked)
 
 
@@ -203,29 +204,42 @@ def uses_of(model: nn.Module, founds: Sequence[Found], sample: Sample) -> dict[s
 
 
 def _use(model: nn.Module, found: Found, sample: Sample, before: Mapping[str, Tensor]) -> Use:
-    given, maps = list[dict[str, Any]](), False
+    seen, shown = list[_Seen](), False
     for fill in _FILLS:
-        given.clear()
-        after = _with_maps_of(fill, model, found, sample, given)
-        maps = maps or not all(_same(before[name], t) for name, t in after.items())
-        if not any(call.get("return_attn") for call in given):
+        seen.clear()
+        after = _with_maps_of(fill, model, found, sample, seen)
+        shown = shown or not all(_same(before[name], t) for name, t in after.items())
+        if not any(call.maps for call in seen):
             break
-    masked = any(call.get(name) is not None for call in given for name in MASK_NAMES)
-    biased = any(call.get("rel_pos_bias") is not None for call in given)
-    return Use(len(given), masked, biased, maps)
+    row = found.checkpoint.spec.kin
+    if shown and row.name != "seed":
+        raise ExportError(
+            f"{found.path}: its attention maps show in the model's outputs, and the lowered form of {row.title} forms none; "
+            f"leave it as it is: --keep-literal {found.path}"
+        )
+    masked = any(call.given.get(name) is not None for call in seen for name in MASK_NAMES)
+    biased = any(call.given.get("rel_pos_bias") is not None for call in seen)
+    x_len, context_len = (max((call.given[name].shape[1] for call in seen), default=1) for name in INPUT_NAMES[:2])
+    return Use(len(seen), masked, biased, shown, (x_len, context_len))
 
 
-def _with_maps_of(
-    fill: float, model: nn.Module, found: Found, sample: Sample, given: list[dict[str, Any]]
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Seen:
+    """A call of a layer: what it was given, by the layer's names, and whether it returned maps."""
+
+    given: Mapping[str, Any]
+    maps: bool
+
+
+def _with_maps_of(fill: float, model: nn.Module, found: Found, sample: Sample, seen: list[_Seen]) -> dict[str, Tensor]:
     """Return the model's outputs where this number stands everywhere in the layer's maps; note what its calls were given."""
     layer = model.get_submodule(found.path)
     forward = inspect.signature(layer.forward)
 
     def watch(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
-        given.append(found.call.given(forward, args, kwargs))
-        maps = tuple(torch.full_like(t, fill) for t in outputs[2:])
-        return (*outputs[:2], *maps) if maps else outputs
+        out, context_out, *maps = found.call.outputs(outputs)
+        seen.append(_Seen(found.call.given(forward, args, kwargs), bool(maps)))
+        return found.call.returned((out, context_out, *(torch.full_like(t, fill) for t in maps))) if maps else outputs
 
     handle = layer.register_forward_hook(watch, with_kwargs=True)
     try:

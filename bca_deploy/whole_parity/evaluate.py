@@ -190,7 +190,8 @@ class Evaluator:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
             given = found.call.given(forward, args, kwargs)
             tensors = {name: given[name].detach().clone() for name in INPUT_NAMES if isinstance(given.get(name), Tensor)}
-            results = {name: t.detach().clone() for name, t in zip(OUTPUT_NAMES, outputs[:2], strict=False)}
+            both = zip(OUTPUT_NAMES, found.call.outputs(outputs)[:2], strict=False)
+            results = {name: t.detach().clone() for name, t in both}
             number = sum(call.path == found.path for call in self._calls)
             self._calls.append(LayerCall(found.path, number, tensors, results))
 

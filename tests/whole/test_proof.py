@@ -14,7 +14,8 @@ from bca_deploy.layers import reference
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.reference import BidirectionalCrossAttention
 from bca_deploy.spec import Interface
-from bca_deploy.whole.proof import call_of, check, prove, unwrapped
+from bca_deploy.whole.calls import call_of, unwrapped
+from bca_deploy.whole.proof import check, prove
 
 ALL = Interface(rel_pos_bias="shared", attention_maps=True)
 

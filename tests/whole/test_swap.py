@@ -15,8 +15,9 @@ from bca_deploy.errors import ExportError, InputError
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.isolation import one_thread
 from bca_deploy.layers.reference import BidirectionalCrossAttention
+from bca_deploy.whole.calls import call_of
 from bca_deploy.whole.find import Found, find
-from bca_deploy.whole.proof import Proof, call_of
+from bca_deploy.whole.proof import Proof
 from bca_deploy.whole.samples import named_outputs
 from bca_deploy.whole.swap import Swapped, Use, plain_copy, swap, tap_name, uses_of
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bca_deploy.layers.checkpoint import from_module
 from bca_deploy.layers.isolation import one_thread
 from bca_deploy.spec import Interface
-from bca_deploy.whole.proof import prove, unwrapped
+from bca_deploy.whole.calls import unwrapped
+from bca_deploy.whole.proof import prove
 
 
 def leaves(output: Any) -> list[Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bca_deploy.signature import DimRange, Dims
+from bca_deploy.tracing.attention import ZerosWithoutKeys
 from bca_deploy.tracing.graph import Traceable, convert, write
-from bca_deploy.whole.attention import ZerosWithoutKeys
 from bca_deploy.whole.samples import rooted
 
 
