@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from bca_deploy.arithmetic import LIMIT
 from bca_deploy.bundle.engine_options import BuildOptions
+from bca_deploy.bundle.trust import Trust
 from bca_deploy.signature import Dims, Signature, hull
 from bca_deploy.spec import DTYPE_OF, EngineLibrary, Interface, LayerSpec, Lowering, Precision, Runtime
 
@@ -24,8 +26,12 @@ ModelLowering = Lowering | Literal["mixed", "none"]
 Evidence = Literal["log", "scratch", "unknown"]
 
 
+def _from_word(value: object) -> object:
+    """Read what JSON has no number for: the ratio of a bundle that failed parity may be endless."""
+    return float(value) if isinstance(value, str) and value in ("Infinity", "-Infinity", "NaN") else value
+
+
 class _Model(BaseModel):
-    # JSON has no Infinity: the ratio of a bundle that failed parity may be the string.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
@@ -36,7 +42,7 @@ class ParityEntry(_Model):
     scope: Literal["quick", "full"] = Field(description="which parity matrix ran")
     cases: int = Field(description="distinct cases")
     runtimes: tuple[str, ...] = Field(description="what the cases ran on")
-    worst_ratio: float = Field(
+    worst_ratio: Annotated[float, BeforeValidator(_from_word)] = Field(
         description="pooled RMS error over PyTorch's at the same precision, of the pool nearest to its limit"
     )
 
@@ -109,7 +115,7 @@ class EngineEntry(_Model):
 class FileEntry(_Model):
     """Size and hash of one file."""
 
-    bytes: int = Field(description="size in bytes", ge=0)
+    bytes: int = Field(description="size in bytes", ge=0, lt=LIMIT)
     sha256: Sha256 = Field(description="hash of the content")
 
 
@@ -118,6 +124,10 @@ class Manifest(_Model):
 
     format: Literal[1] = Field(description="bundle format; a reader refuses a newer one")
     source: str = Field(default="layer", description="layer, or the class of the whole model")
+    trust: Trust = Field(
+        default="on-trust",
+        description="what shows that it is the function that its user runs: the live module, a sample of its outputs, or nothing",
+    )
     layers: tuple[LayerEntry, ...] = Field(description="the layers that were lowered; of a bare layer enough to rebuild it")
     interface: Interface | None = Field(
         default=None, description="which optional inputs and outputs the bare layer has; null for a whole model"
@@ -132,6 +142,19 @@ class Manifest(_Model):
     def layer(self) -> LayerSpec | None:
         """The layer, where the model is that and nothing more."""
         return self.layers[0].spec if self.interface is not None and self.layers else None
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _check_format(cls, value: object) -> object:
+        if type(value) is not int:  # true and 1.0 are 1 to Python
+            raise ValueError("Input should be a valid integer")
+        return value
+
+    @model_validator(mode="after")
+    def _check_signature(self) -> Self:
+        if not (self.signature.inputs and self.signature.outputs):
+            raise ValueError("the signature has no inputs or no outputs")
+        return self
 
     @model_validator(mode="after")
     def _check_engines(self) -> Self:

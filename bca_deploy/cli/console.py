@@ -16,12 +16,13 @@ from rich.table import Table
 
 from bca_deploy import ending
 from bca_deploy.bundle.manifest import Manifest, signature_of
+from bca_deploy.bundle.trust import Trust, said
 from bca_deploy.signature import Axis, Dims
 from bca_deploy.spec import LayerSpec
 
 if TYPE_CHECKING:
+    from bca_deploy.benchmarking.result import Result
     from bca_deploy.bundle.manifest import EngineEntry, LayerEntry
-    from bca_deploy.cli.bench import Report
     from bca_deploy.cli.doctor import Finding
     from bca_deploy.exporter.plan import Plan
     from bca_deploy.exporter.source import Source
@@ -86,6 +87,7 @@ def show_plan(plan: "Plan", checkpoint: Path | None, as_json: bool) -> None:
         "outputs": {tensor.name: tensor.axes for tensor in plan.source.signature.outputs},
         "dims": {name: dataclasses.asdict(found) for name, found in plan.source.signature.dims.items()},
         "parity": recipe.parity,
+        "trust": plan.source.trust,
         "out": str(plan.out),
     }
     if plan.engine is not None:
@@ -133,13 +135,15 @@ def _inside(layer: "LayerEntry") -> str:
     return f"{layer.path or 'the model itself'}: {describe(layer.spec)}, {layer.lowering}{times}{proof or ''}"
 
 
-def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -> None:
-    """Print the parity table of each model and where the bundle is."""
+def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path, trust: Trust) -> None:
+    """Print the parity table of each model and where the bundle is; as JSON also what shows that it is the user's."""
     if as_json:
         from bca_deploy.parity.verdict import report
 
         models = [{k: v for k, v in report(verdict).items() if k != "results"} for verdict in verdicts]
-        _print_json({"bundle": str(where), "passed": all(verdicts), "models": models})
+        _print_json(
+            {"bundle": str(where), "passed": all(verdicts), "trust": trust, "trust_said": said(trust), "models": models}
+        )
         return
     for verdict in verdicts:
         _out.print(_parity_table(verdict))
@@ -153,6 +157,11 @@ def show_verdicts(verdicts: tuple["Verdict", ...], as_json: bool, where: Path) -
             f"rounding the weights moves the outputs by {verdict.weight_rounding:.2g} RMS",
         )
     _out.print(f"bundle: {where}")
+
+
+def show_trust(trust: Trust) -> None:
+    """Print what shows that the bundle is the function that its user runs, and how to prove it where nothing does."""
+    _out.print(said(trust))
 
 
 def _worst(verdict: "Verdict") -> str:
@@ -174,6 +183,7 @@ def _parity_table(verdict: "Verdict") -> Table:
 
 def show_manifest(manifest: Manifest, where: Path) -> None:
     """Print what a bundle holds."""
+    show_trust(manifest.trust)
     _out.print(f"{where}: bundle format {manifest.format}, every hash right")
     if manifest.layer is not None:
         _out.print(f"layer: {describe(manifest.layer)}")
@@ -239,21 +249,46 @@ def show_run(session: "Session", outputs: dict[str, Any], where: Path | None, as
     _out.print(f"outputs: {where}" if where else "self-test passed")
 
 
-def show_bench(report: "Report", as_json: bool) -> None:
-    """Print a grid of measurements, each beside the session at the same shape."""
+def show_bench(result: "Result", as_json: bool) -> None:
+    """Print a grid of measurements, each beside the session in the same cell, and how they grow."""
     if as_json:
-        print(report.as_json())  # noqa: T201
+        print(result.model_dump_json(indent=2))  # noqa: T201
         return
-    _out.print(f"{report.machine}; session on {report.backend}")
-    session = {m.shape: m.p50_ms for m in report.measurements if m.contender == "session"}
-    table = Table("shape", "contender", "p50 ms", "p90 ms", "p99 ms", "pairs/s", "peak MB", "p50 / session", box=SIMPLE)
-    for m in report.measurements:
-        times = [f"{value:.3g}" for value in (m.p50_ms, m.p90_ms, m.p99_ms, m.pairs_per_s)]
-        shape = "x".join(map(str, m.shape))
-        table.add_row(shape, m.contender, *times, f"{m.peak_rss_mb:.0f}", f"{m.p50_ms / session[m.shape]:.2f}")
+    machine = result.machine
+    _out.print(
+        f"{machine.cpu or machine.architecture}, {machine.cores} cores, load {machine.load:g}; session on {result.backend}"
+    )
+    table = Table("shape", "contender", "precision", "threads", box=SIMPLE)
+    for name in ("p50 ms", "p99 ms", "pairs/s", "peak MB", "calls MB", "quartiles", "x session"):
+        table.add_column(name, justify="right")
+    for m in result.measurements:
+        figures = [f"{value:.3g}" for value in (m.p50_ms, m.p99_ms, m.pairs_per_s)]
+        figures += [
+            f"{m.peak_rss_mb:.0f}",
+            f"{m.call_mb:.0f}",
+            f"{m.ratio.low:.2f} to {m.ratio.high:.2f}",
+            f"{m.ratio.median:.2f}",
+        ]
+        table.add_row("x".join(map(str, m.shape)), m.contender, m.precision, str(m.threads), *figures)
     _out.print(table)
-    for name, why in report.left_out.items():
+    if result.growth:
+        _out.print(_growth_table(result))
+    if not all(m.interleaved for m in result.measurements):
+        _out.print("not all contenders fitted into memory at once: where they did not, each ran alone, not in turn")
+    for name, why in result.left_out.items():
         _out.print(f"left out: {name}: {why}")
+
+
+def _growth_table(result: "Result") -> Table:
+    title = "growth: exponents over the length"
+    table = Table("contender", "precision", "threads", "batch", title=title, title_justify="left", box=SIMPLE)
+    for name in ("lengths", "time", "memory of calls"):
+        table.add_column(name, justify="right")
+    for g in result.growth:
+        memory = "-" if g.memory_exponent is None else f"{g.memory_exponent:.2f}"
+        lengths = ", ".join(f"{length:g}" for length in g.lengths)
+        table.add_row(g.contender, g.precision, str(g.threads), str(g.batch), lengths, f"{g.time_exponent:.2f}", memory)
+    return table
 
 
 def show_findings(findings: tuple["Finding", ...], as_json: bool) -> None:

@@ -167,10 +167,12 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             return
         with console.progress() as progress:
             verdicts = pipeline.run(plan, progress, keep_failed)
-        console.show_verdicts(verdicts, as_json, plan.out)
+        console.show_verdicts(verdicts, as_json, plan.out, plan.source.trust)
         console.show_guesses(plan)
         if plan.engine is not None and not as_json:
             show_engines(plan.out)
+        if not as_json:
+            console.show_trust(plan.source.trust)
 
 
 class _Given(NamedTuple):

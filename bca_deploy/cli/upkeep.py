@@ -92,7 +92,7 @@ def refit_command(
             made = need("whole.factory").make(model) if model else None
             options = {"prefix": prefix, "model": made, "sample": expect, "drop_sample": drop_expect}
             verdicts = refitting.refit(bundle, checkpoint, **options, progress=progress)
-        console.show_verdicts(verdicts, as_json, bundle)
+        _show_verdicts(verdicts, bundle, as_json)
 
 
 def _made(model: str | None, checkpoint: Path | None) -> Any:
@@ -102,6 +102,17 @@ def _made(model: str | None, checkpoint: Path | None) -> Any:
             raise InputError("--checkpoint is loaded into a whole model; give --model, too")
         return None
     return need("whole.factory").make(model, checkpoint)
+
+
+def _show_verdicts(verdicts: Any, path: Path, as_json: bool) -> None:
+    from bca_deploy.bundle.read import Bundle
+    from bca_deploy.cli import console
+
+    with Bundle.open(path, check="off") as bundle:
+        trust = bundle.manifest.trust
+    console.show_verdicts(verdicts, as_json, path, trust)
+    if not as_json:
+        console.show_trust(trust)
 
 
 @app.command("verify")
@@ -128,7 +139,7 @@ def verify_command(
         with console.progress() as progress:
             made = _made(model, checkpoint)
             verdicts = verification.verify(bundle, inputs=inputs or (), model=made, scope=parity, progress=progress)
-        console.show_verdicts(verdicts, as_json, bundle)
+        _show_verdicts(verdicts, bundle, as_json)
         if not all(verdicts):
             raise typer.Exit(1)
 

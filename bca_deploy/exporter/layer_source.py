@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bca_deploy.bundle.manifest import EXPECT_FILE, WEIGHTS_FILE, LayerEntry
+from bca_deploy.bundle.trust import Trust
 from bca_deploy.exporter.recipe import Recipe
 from bca_deploy.exporter.source import Made, package_version
 from bca_deploy.layers.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ class LayerSource:
         dims: the sizes of its dimensions.
         lowering: the form of the attention, chosen.
         expected: the user's own inputs and outputs, from ``--expect`` or a live module.
+        trust: what shows that it is the layer that the user trained.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +44,7 @@ class LayerSource:
     dims: Dims
     lowering: Lowering
     expected: Arrays = field(default_factory=dict)
+    trust: Trust = "on-trust"
     _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

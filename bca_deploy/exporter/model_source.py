@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from bca_deploy.bundle.manifest import (
     ProofEntry,
 )
 from bca_deploy.bundle.read import Bundle
+from bca_deploy.bundle.trust import Trust
 from bca_deploy.bundle.write import write_json
 from bca_deploy.errors import BundleError, InputError
 from bca_deploy.exporter.plan import recipe_of
@@ -30,6 +31,7 @@ from bca_deploy.exporter.source import Made, package_version
 from bca_deploy.files import read_arrays
 from bca_deploy.parity.cases import Scope
 from bca_deploy.parity.verdict import Verdict
+from bca_deploy.programs.read import ExportedModel
 from bca_deploy.progress import Clock, Progress
 from bca_deploy.signature import DType, Signature, Tensor
 from bca_deploy.spec import Interface, Precision, Runtime
@@ -85,6 +87,11 @@ class ModelSource:
     def layers(self) -> tuple[LayerEntry, ...]:
         """The layers that were lowered."""
         return tuple(_layer_entry(found, self.subject.uses[found.path]) for found in self.subject.founds)
+
+    @property
+    def trust(self) -> Trust:
+        """Its own code is what it was held against."""
+        return "live-module"
 
     @property
     def interface(self) -> Interface | None:
@@ -156,8 +163,8 @@ class ModelSource:
     def _one(self, precision: Precision, case: Case) -> Arrays:
         inputs = inputs_of(case, self.subject.draws, self.samples, precision)
         truth, bounds = self._yardstick(precision).truth_and_bounds(inputs)
-        if not all(np.isfinite(array.astype(np.float64)).all() for array in truth.values()):
-            return {}  # PyTorch itself gives NaN
+        if not truth:
+            return {}
         place = f"{precision}/{case.name.replace(' ', '-')}"
         found = {f"{place}/input/{name}": array for name, array in inputs.items()}
         found |= {f"{place}/output/{name}": array.astype(np.float64) for name, array in truth.items()}
@@ -207,6 +214,8 @@ def read_model(model: nn.Module, given: Sequence[Any], recipe: Recipe, progress:
     samples = tuple(named_sample(plain, each) for each in given)
     axes = axes_of(samples, table.given_axes)
     dims, guessed = ranges_of(samples, axes, recipe.given_ranges)
+    if isinstance(plain, ExportedModel):
+        plain.sizes.check(axes, dims)
     tensors = tuple(Tensor(name, _dtype(name, t), axes[name]) for name, t in samples[0].items())
     draws = draws_of(samples, tensors, table.masks, table.ranges)
     refuse_random(Evaluator(plain, (), torch.float32), {name: t.numpy() for name, t in samples[0].items()})
@@ -266,19 +275,10 @@ def _dtype(name: str, tensor: torch.Tensor) -> DType:
 def _outputs(model: nn.Module, sample: Sample) -> dict[str, DType]:
     """Return the element types of the outputs by name; none has an input's name."""
     with torch.no_grad():
-        found = named_outputs(model(**{name: t.clone() for name, t in sample.items()}))
+        found = named_outputs(model(**{name: t.clone() for name, t in sample.items()}), sample)
     if not found:
         raise InputError("the model gives no tensor with the first sample; a graph has outputs that are tensors")
-    names = dict.fromkeys(found)
-    return {_free(name, sample, names): _dtype(name, t) for name, t in found.items()}
-
-
-def _free(name: str, inputs: Container[str], outputs: Container[str]) -> str:
-    """Return an output's name, or one like it that neither an input nor another output has."""
-    found = name
-    while found in inputs or (found != name and found in outputs):
-        found += "_out"
-    return found
+    return {name: _dtype(name, t) for name, t in found.items()}
 
 
 def _cut(model: ir.Model, outputs: int) -> None:

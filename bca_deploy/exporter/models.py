@@ -105,6 +105,7 @@ def finish(plan: Plan, made: list[tuple[ModelEntry, Verdict]], directory: Path, 
     manifest = Manifest(
         format=FORMAT,
         source=plan.source.name,
+        trust=plan.source.trust,
         layers=plan.source.layers,
         interface=plan.source.interface,
         signature=plan.source.signature,

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _bare(module: nn.Module, heads: int | None, recipe: Recipe) -> LayerSource:
     module = unwrapped(module)
     proof.check(module, checkpoint, recipe.interface)
     expected = proof.sample_of(module, checkpoint, recipe.interface, recipe.ranges)
-    return layer_source(recipe, checkpoint, expected)
+    return replace(layer_source(recipe, checkpoint, expected), trust="live-module")
 
 
 def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verdict, ...]:

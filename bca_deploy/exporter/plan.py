@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bca_deploy.bundle.manifest import EXPECT_FILE, MODEL_FILE, WEIGHTS_FILE, precisions
 from bca_deploy.bundle.read import Bundle
+from bca_deploy.bundle.trust import Trust
 from bca_deploy.bundle.write import check_target
 from bca_deploy.engines import build as engines
 from bca_deploy.engines.build import EnginePlan
@@ -90,7 +91,8 @@ def layer_source(recipe: Recipe, checkpoint: Checkpoint, expected: Arrays | None
     if expected:
         user_sample.fit(expected, checkpoint.spec, recipe.interface)
         user_sample.check(expected, checkpoint)
-    return LayerSource(checkpoint, recipe.interface, recipe.ranges, lowering, expected or {})
+    trust: Trust = "sample" if expected else "on-trust"
+    return LayerSource(checkpoint, recipe.interface, recipe.ranges, lowering, expected or {}, trust)
 
 
 def make_plan(recipe: Recipe, source: Callable[[], Source], out: Path, force: bool = False) -> Plan:
@@ -158,7 +160,8 @@ def source_of(bundle: Bundle) -> LayerSource:
     manifest, checkpoint = bundle.manifest, checkpoint_of(bundle)
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
     interface = manifest.interface or Interface()
-    return LayerSource(checkpoint, interface, manifest.signature.dims, manifest.layers[0].lowering, expected)
+    lowering = manifest.layers[0].lowering
+    return LayerSource(checkpoint, interface, manifest.signature.dims, lowering, expected, manifest.trust)
 
 
 def reopen(bundle: Bundle) -> Plan:

@@ -116,7 +116,7 @@ def _layer(bundle: Bundle, path: Path, prefix: str, sample: str | Path | None, d
     if expected:
         user_sample.fit(expected, new.spec, layer.interface)
         user_sample.check(expected, new)
-    return replace(layer, checkpoint=new, expected=expected)
+    return replace(layer, checkpoint=new, expected=expected, trust="sample" if expected else "on-trust")
 
 
 def _engine_plan(entry: EngineEntry, manifest: Manifest) -> EnginePlan:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from bca_deploy.bundle.manifest import LayerEntry, ModelLowering
+from bca_deploy.bundle.trust import Trust
 from bca_deploy.exporter.recipe import Recipe
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock
@@ -35,6 +36,10 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """What it is called in the manifest."""
+
+    @property
+    def trust(self) -> Trust:
+        """What shows that it is the function that the user runs."""
 
     @property
     def signature(self) -> Signature:

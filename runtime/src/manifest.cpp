@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "enums.hpp"
 #include "text.hpp"
 
 namespace bca {
@@ -12,6 +13,14 @@ namespace {
 using json = nlohmann::ordered_json;  // the named dimensions have an order
 
 constexpr int kFormat = 1;
+
+// In the order of the enumerators; bundle/trust.py says the same.
+constexpr const char* kTrusts[] = {"on-trust", "sample", "live-module"};
+constexpr const char* kSaid[] = {
+    "taken on trust: parity cannot see wrong heads or another forward pass; to prove it, export with a sample of your own "
+    "code's inputs and outputs (--expect sample.npz), or the live module (bca_deploy.export)",
+    "proven on a sample: gives what your own code gave",
+    "proven on the live module: held against the code that runs it"};
 
 /// A value and the way to it, so that an error can name the field. What is wrong is said in pydantic's words.
 class Field {
@@ -24,9 +33,21 @@ class Field {
     if (found == value_.end()) Field(value_, joined(key)).fail("Field required");
     return {*found, joined(key)};
   }
-  std::string string() const {
+  /// What is read of it where it is there; the default elsewhere.
+  template <typename T, typename Read> T value_or(const std::string& key, T otherwise, Read read) const {
+    return value_.is_object() && value_.contains(key) ? read((*this)[key]) : otherwise;
+  }
+  /// Refuses every other key.
+  void only(const std::vector<std::string>& known) const {
+    each([&](const std::string& key, const Field& item) {
+      if (std::find(known.begin(), known.end(), key) == known.end()) item.fail("is unknown; allowed: " + text::join(known));
+    });
+  }
+  std::string string(std::size_t least = 0) const {
     if (!value_.is_string()) fail("Input should be a valid string");
-    return value_.get<std::string>();
+    auto found = value_.get<std::string>();
+    if (found.size() < least) fail("String should have at least " + std::to_string(least) + " character");
+    return found;
   }
   std::int64_t integer(std::int64_t least) const {
     const bool fits = value_.is_number_integer() && !(value_.is_number_unsigned() && value_.get<std::uint64_t>() > INT64_MAX);
@@ -82,7 +103,13 @@ std::string read_sha256(const Field& field) {
 
 Precision read_precision(const Field& field) { return precision_of(field.one_of({"fp32", "fp16", "bf16"})); }
 
+Trust read_trust(const Field& field) {
+  const std::string name = field.one_of({kTrusts, kTrusts + 3});
+  return static_cast<Trust>(std::find(kTrusts, kTrusts + 3, name) - kTrusts);
+}
+
 DimRange read_range(const Field& field) {
+  field.only({"min", "opt", "max"});
   const DimRange range{field["min"].integer(1), field["opt"].integer(1), field["max"].integer(1)};
   if (range.min > range.opt || range.opt > range.max) field.fail("needs 1 <= min <= opt <= max");
   return range;
@@ -94,10 +121,11 @@ Dims read_dims(const Field& field) {
   return dims;
 }
 
-/// Those of a profile: of every dimension, and of no other.
+/// Those of a profile, in the signature's order: of every dimension, and of no other.
 Dims read_profile(const Field& field, const Dims& dims) {
   Dims ranges;
   for (const auto& [name, range] : dims) ranges.emplace_back(name, read_range(field[name]));
+  if (read_dims(field).size() != dims.size()) field.fail("has other dimensions than the signature's");
   return ranges;
 }
 
@@ -112,14 +140,24 @@ std::optional<double> read_fill(const Field& field) {
 }
 
 TensorInfo read_tensor(const Field& field) {
+  field.only({"name", "dtype", "axes", "fill"});
   return {field["name"].string(), dtype_of(field["dtype"].one_of({"float32", "float16", "bfloat16", "bool", "int32", "int64"})),
-          field["axes"].list(read_axis), read_fill(field["fill"])};
+          field["axes"].list(read_axis), field.value_or("fill", std::optional<double>(), read_fill)};
+}
+
+std::string read_batch(const Field& field) { return field.is_null() ? "" : field.string(1); }
+
+std::map<std::string, std::string> read_masks(const Field& field) {
+  std::map<std::string, std::string> masks;
+  field.each([&](const std::string& dim, const Field& name) { masks[dim] = name.string(); });
+  return masks;
 }
 
 Signature read_signature(const Field& field) {
-  Signature signature{field["inputs"].list(read_tensor, 1), field["outputs"].list(read_tensor, 1), read_dims(field["dims"]), "", {}};
-  if (!field["batch"].is_null()) signature.batch = field["batch"].string();
-  field["masks"].each([&](const std::string& dim, const Field& name) { signature.masks[dim] = name.string(); });
+  field.only({"inputs", "outputs", "dims", "batch", "masks"});
+  const Signature signature{field["inputs"].list(read_tensor, 1), field["outputs"].list(read_tensor, 1), read_dims(field["dims"]),
+                            field.value_or("batch", std::string(), read_batch),
+                            field.value_or("masks", std::map<std::string, std::string>(), read_masks)};
   if (const std::string fault = fault_of(signature); !fault.empty()) field.fail(fault);
   return signature;
 }
@@ -129,20 +167,27 @@ ModelEntry read_model(const Field& field) {
           field["keep_io_types"].boolean()};
 }
 
-EngineEntry read_engine(const Field& field, const Dims& dims) {
+EngineEntry read_engine(const Field& field, const Manifest& manifest) {
   EngineEntry entry{field["file"].string(), field["library"].one_of({"rtx", "tensorrt"}), field["version"].string(),
                     field["model"].string(), read_sha256(field["model_sha256"]), read_precision(field["precision"]), {}, {}, {}};
   entry.targets = field["targets"].list([](const Field& target) { return target.string(); });
   if (!field["gpu"].is_null()) entry.gpu_capability = field["gpu"]["compute_capability"].string();
-  entry.profiles = field["profiles"].list([&](const Field& profile) { return read_profile(profile, dims); }, 1);
-  entry.version_compatible = field["options"]["version_compatible"].boolean();
-  entry.hardware_compatibility = field["options"]["hardware_compatibility"].string();
+  entry.profiles = field["profiles"].list([&](const Field& profile) { return read_profile(profile, manifest.signature.dims); }, 1);
+  const Field options = field["options"];
+  entry.version_compatible = options.value_or("version_compatible", false, [](const Field& given) { return given.boolean(); });
+  entry.hardware_compatibility = options.value_or("hardware_compatibility", std::string("none"), [](const Field& given) {
+    return given.one_of({"none", "ampere_plus", "same_compute_capability"});
+  });
+  const auto is_its = [&](const ModelEntry& model) { return model.file == entry.model; };
+  if (std::none_of(manifest.models.begin(), manifest.models.end(), is_its)) {
+    field.fail(entry.file + " was built from " + entry.model + ", which the bundle has not");
+  }
   return entry;
 }
 
 void check_format(const json& content, const std::string& shown) {
   const auto format = content.is_object() ? content.find("format") : content.end();
-  if (content.is_object() && format != content.end() && format->is_number_integer() && format->get<std::int64_t>() > kFormat) {
+  if (content.is_object() && format != content.end() && format->is_number() && format->get<double>() > kFormat) {
     throw BundleError(shown + " is a bundle of format " + format->dump() + ", newer than the formats this version reads (up to " +
                       std::to_string(kFormat) + "); upgrade bca_runtime");
   }
@@ -151,10 +196,12 @@ void check_format(const json& content, const std::string& shown) {
 Manifest read_manifest(const Field& field) {
   if (field["format"].integer(0) != kFormat) field["format"].fail("Input should be 1");
   Manifest manifest;
+  manifest.trust = field.value_or("trust", Trust::OnTrust, read_trust);
   manifest.signature = read_signature(field["signature"]);
   manifest.models = field["models"].list(read_model, 1);
-  manifest.engines = field["engines"].list([&](const Field& engine) { return read_engine(engine, manifest.signature.dims); });
+  manifest.engines = field["engines"].list([&](const Field& engine) { return read_engine(engine, manifest); });
   field["files"].each([&](const std::string& name, const Field& file) {
+    file.only({"bytes", "sha256"});
     manifest.files[name] = {file["bytes"].integer(0), read_sha256(file["sha256"])};
   });
   return manifest;
@@ -182,6 +229,8 @@ json ranges_of(const Dims& dims) {
 
 Manifest parse_manifest(const std::string& text, const std::string& shown, const std::string& path) {
   try {
+    // The JSON library passes over a byte order mark, which JSON has not and Python refuses.
+    if (text.rfind("\xef\xbb\xbf", 0) == 0) throw BundleError(path + " is not JSON (it begins with a byte order mark); export the bundle again");
     const json content = json::parse(text);
     check_format(content, shown);
     return read_manifest(Field(content, ""));
@@ -208,10 +257,13 @@ Signature signature_of(const Manifest& manifest, const EngineEntry& engine) {
   throw BundleError(engine.file + " was built from " + engine.model + ", which the bundle has not; build it again with bca build");
 }
 
+const char* name_of(Trust trust) { return enums::name("trust", trust, kTrusts); }
+
 std::string to_json(const Session& session) {
   json passed_over = json::object();
   for (const auto& [name, reason] : session.explain().passed_over) passed_over[name] = reason;
   const json all = {
+      {"trust", name_of(session.trust())},     {"trust_said", kSaid[static_cast<int>(session.trust())]},
       {"backend", name_of(session.backend())}, {"precision", name_of(session.precision())},
       {"chosen", session.explain().chosen},    {"passed_over", passed_over},
       {"inputs", tensors_of(session.inputs())}, {"outputs", tensors_of(session.outputs())},

@@ -32,6 +32,7 @@ struct EngineEntry {
 };
 
 struct Manifest {
+  Trust trust = Trust::OnTrust;
   Signature signature;
   std::vector<ModelEntry> models;               // at least one
   std::vector<EngineEntry> engines;

@@ -4,7 +4,7 @@
 
 #include "backends.hpp"
 #include "contract.hpp"
-#include "npy.hpp"
+#include "enums.hpp"
 #include "selftest.hpp"
 #include "text.hpp"
 
@@ -12,6 +12,7 @@ namespace bca {
 namespace {
 
 constexpr std::uintptr_t kGpuAlignment = 256;  // what TensorRT asks of addresses
+constexpr int kMostThreads = 1024;             // ONNX Runtime tries to make any number, and the process hangs
 
 std::vector<std::string> names_in(const OutputViews& outputs) {
   std::vector<std::string> names;
@@ -47,6 +48,17 @@ void check_overlaps(const Inputs& inputs, const OutputViews& outputs) {
   }
 }
 
+void check_options(const Options& options) {
+  name_of(options.backend);
+  if (options.precision) name_of(*options.precision);
+  enums::name("verify", options.verify, enums::kVerifies);
+  if (options.threads < 0 || options.threads > kMostThreads) {
+    throw InputError("threads is " + std::to_string(options.threads) + "; it must be at least 1 and at most " + std::to_string(kMostThreads) +
+                     ", or 0 for every core");
+  }
+  if (options.contexts < 1) throw InputError("contexts is " + std::to_string(options.contexts) + "; it must be at least 1");
+}
+
 }  // namespace
 
 struct Session::State {
@@ -62,6 +74,7 @@ struct Session::State {
 };
 
 template <typename AnyView> void Session::State::check_memory(const AnyView& view, const char* kind, const std::string& name) const {
+  enums::check(kind, name, view);
   if (view.memory == Memory::Cpu) return;
   if (!runner->on_gpu()) {
     throw InputError(std::string(kind) + " " + name + " is on cuda, and this session runs on " + name_of(info().backend) +
@@ -99,10 +112,7 @@ std::vector<MutableView> Session::State::in_order(const OutputViews& outputs, co
 }
 
 Session Session::open(const std::filesystem::path& path, const Options& options) {
-  if (options.threads < 0) {
-    throw InputError("threads is " + std::to_string(options.threads) + "; it must be at least 1, or 0 for every core");
-  }
-  if (options.contexts < 1) throw InputError("contexts is " + std::to_string(options.contexts) + "; it must be at least 1");
+  check_options(options);
   Bundle bundle = open_bundle(path, options.verify);
   auto [runner, explanation] = choose(bundle, options);
   Contract contract(runner->info.signature, runner->info.profiles);
@@ -145,7 +155,7 @@ void Session::warmup(const std::vector<Shape>& shapes) const {
 }
 
 void Session::selftest() const {
-  const auto arrays = npy::read_npz(state_->bundle.path("selftest.npz"));
+  const auto arrays = selftest::read(state_->bundle.path("selftest.npz"));
   const auto failures = selftest::failures(arrays, name_of(precision()), [this](const Inputs& inputs) { return run(inputs, {true, nullptr}); });
   if (!failures.empty()) throw ParityError(text::join(failures, "; "));
 }
@@ -157,6 +167,7 @@ const Dims& Session::dims() const { return signature().dims; }
 Backend Session::backend() const { return state_->info().backend; }
 Precision Session::precision() const { return state_->info().precision; }
 const Explanation& Session::explain() const { return state_->explanation; }
+Trust Session::trust() const { return state_->bundle.manifest.trust; }
 std::string Session::describe() const { return to_json(*this); }
 
 Session::Session(std::unique_ptr<State> state) : state_(std::move(state)) {}

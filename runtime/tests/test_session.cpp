@@ -48,6 +48,13 @@ TEST(Session, SaysWhatRunsAndWhatItTakes) {
   EXPECT_HAS(session.describe(), "\"backend\": \"onnxruntime-cpu\"");
 }
 
+TEST(Session, ABundleThatDoesNotSayWhatItRestsOnIsTakenOnTrust) {
+  const Session session = Session::open(support::kFixture);
+  EXPECT_EQ(session.trust(), bca::Trust::OnTrust);
+  EXPECT_HAS(session.describe(), "\"trust\": \"on-trust\"");
+  EXPECT_HAS(session.describe(), "taken on trust: parity cannot see wrong heads or another forward pass; to prove it, ");
+}
+
 TEST(Session, MasksLeftOutAreAllTrue) {
   const Session session = Session::open(support::kFixture, on_cpu());
   const Pair pair(2, 5, 3, 1);
@@ -120,11 +127,11 @@ TEST(Session, AnOutputThatHasNoSizeIsRefusedInCToo) {
   EXPECT_EQ(message_of<bca::InputError>([&] { session.run(pair.inputs()); }), message);
   bca_session* opened = nullptr;
   ASSERT_EQ(bca_open(copy.path.c_str(), nullptr, &opened), BCA_OK) << bca_last_error();
-  const bca_tensor given[] = {{"x", const_cast<float*>(pair.x.data<float>()), pair.x.shape().data(), 3, BCA_FLOAT32, BCA_CPU},
-                              {"context", const_cast<float*>(pair.context.data<float>()), pair.context.shape().data(), 3, BCA_FLOAT32, BCA_CPU}};
+  const bca_tensor given[] = {{sizeof(bca_tensor), "x", const_cast<float*>(pair.x.data<float>()), pair.x.shape().data(), 3, BCA_FLOAT32, BCA_CPU},
+                              {sizeof(bca_tensor), "context", const_cast<float*>(pair.context.data<float>()), pair.context.shape().data(), 3, BCA_FLOAT32, BCA_CPU}};
   float out[40], context_out[18];
   const std::int64_t out_shape[] = {1, 5, 8}, context_shape[] = {1, 3, 6};
-  const bca_tensor outputs[] = {{"out", out, out_shape, 3, BCA_FLOAT32, BCA_CPU}, {"context_out", context_out, context_shape, 3, BCA_FLOAT32, BCA_CPU}};
+  const bca_tensor outputs[] = {{sizeof(bca_tensor), "out", out, out_shape, 3, BCA_FLOAT32, BCA_CPU}, {sizeof(bca_tensor), "context_out", context_out, context_shape, 3, BCA_FLOAT32, BCA_CPU}};
   EXPECT_EQ(bca_run(opened, given, 2, outputs, 2, nullptr), BCA_INPUT_ERROR);
   EXPECT_EQ(bca_last_error(), message);
   bca_close(opened);
@@ -232,13 +239,50 @@ TEST(Session, ANamedBackendNeverFallsBack) {
   EXPECT_HAS(message_of<bca::EngineError>([&] { Session::open(support::kFixture, options); }), "this onnxruntime has no CUDA provider");
 }
 
-TEST(Session, FewerThanOneThreadOrContextIsRefused) {
+TEST(Session, TooFewOrTooManyThreadsOrContextsAreRefused) {
   Options options = on_cpu(-1);
   const auto refused = [&] { return message_of<bca::InputError>([&] { Session::open(support::kFixture, options); }); };
-  EXPECT_EQ(refused(), "threads is -1; it must be at least 1, or 0 for every core");
+  EXPECT_EQ(refused(), "threads is -1; it must be at least 1 and at most 1024, or 0 for every core");
+  options = on_cpu(1025);
+  EXPECT_EQ(refused(), "threads is 1025; it must be at least 1 and at most 1024, or 0 for every core");
   options = on_cpu();
   options.contexts = 0;
   EXPECT_EQ(refused(), "contexts is 0; it must be at least 1");
+}
+
+TEST(Session, EnumeratorsOutOfRangeAreRefused) {
+  const auto refused = [](const Options& options) { return message_of<bca::InputError>([&] { Session::open(support::kFixture, options); }); };
+  Options options = on_cpu();
+  options.backend = static_cast<bca::Backend>(99);
+  EXPECT_EQ(refused(options), "backend is 99; allowed: 0 auto, 1 tensorrt, 2 rtx, 3 onnxruntime-cuda, 4 onnxruntime-cpu");
+  options = on_cpu(), options.precision = static_cast<bca::Precision>(99);
+  EXPECT_EQ(refused(options), "precision is 99; allowed: 0 fp32, 1 fp16, 2 bf16");
+  options = on_cpu(), options.verify = static_cast<bca::Verify>(-1);
+  EXPECT_EQ(refused(options), "verify is -1; allowed: 0 full, 1 size, 2 off");
+  EXPECT_HAS(message_of<bca::InputError>([] { bca::name_of(static_cast<bca::Backend>(-1)); }), "backend is -1; allowed: 0 auto, ");
+  EXPECT_HAS(message_of<bca::InputError>([] { bca::name_of(static_cast<bca::Precision>(3)); }), "precision is 3; allowed: 0 fp32, ");
+}
+
+TEST(Session, TensorsOfUnknownTypesOrMemoryAreRefused) {
+  const Session session = Session::open(support::kFixture, on_cpu());
+  const Pair pair(1, 4, 2, 1);
+  const auto no_type = static_cast<bca::DType>(13);
+  const auto no_memory = static_cast<bca::Memory>(2);
+  bca::RunOptions cast;
+  cast.cast = true;
+  const auto refused = [&](const bca::View& x) {
+    return message_of<bca::InputError>([&] { session.run({{"x", x}, {"context", pair.context}}, cast); });
+  };
+  EXPECT_HAS(refused({pair.x.data(), no_type, {1, 4, 8}}), "input x: its element type is 13; allowed: 0 float32, 1 float16, ");
+  EXPECT_EQ(refused({pair.x.data(), bca::DType::Float32, {1, 4, 8}, no_memory}), "input x: its memory is 2; allowed: 0 cpu, 1 cuda");
+  bca::Tensor out(bca::DType::Float32, {1, 4, 8}), context_out(bca::DType::Float32, {1, 2, 6});
+  const auto refused_into = [&](const bca::MutableView& view) {
+    return message_of<bca::InputError>([&] { session.run_into(pair.inputs(), {{"out", view}, {"context_out", context_out}}); });
+  };
+  EXPECT_HAS(refused_into({out.data(), no_type, {1, 4, 8}}), "output out: its element type is 13; allowed: 0 float32, ");
+  EXPECT_EQ(refused_into({out.data(), bca::DType::Float32, {1, 4, 8}, no_memory}), "output out: its memory is 2; allowed: 0 cpu, 1 cuda");
+  EXPECT_HAS(message_of<bca::InputError>([&] { bca::Tensor(no_type, {1}); }), "element type is 13; allowed: 0 float32, ");
+  EXPECT_HAS(message_of<bca::InputError>([&] { bca::size_of(static_cast<bca::DType>(-1)); }), "element type is -1; allowed: 0 float32, ");
 }
 
 TEST(Session, PrecisionsThatAreNotThereAreRefused) {
@@ -280,6 +324,27 @@ TEST(Session, ABundleOutOfItsBoundsFailsTheSelftest) {
   Options options = on_cpu();
   options.verify = bca::Verify::Off;
   EXPECT_EQ(message_of<bca::ParityError>([&] { Session::open(copy.path, options).selftest(); }), "self-test: no case of precision fp32, so nothing is proven");
+}
+
+TEST(Session, ASelftestThatIsDamagedIsABundleError) {
+  Options options = on_cpu();
+  options.verify = bca::Verify::Off;
+  for (const std::string content : {"", "PK\x03\x04 no zip", "cut"}) {
+    const support::BundleCopy copy;
+    copy.write("selftest.npz", content == "cut" ? copy.read("selftest.npz").substr(0, 5000) : content);
+    const std::string message = message_of<bca::BundleError>([&] { Session::open(copy.path, options).selftest(); });
+    EXPECT_HAS(message, (copy.path / "selftest.npz").string() + " is no readable .npz file: ");
+    EXPECT_HAS(message, "; copy or export the bundle again");
+  }
+}
+
+TEST(Session, APathThatIsNotUtf8IsAsGoodAsAny) {
+  const support::TemporaryDirectory directory;
+  const auto place = directory.path / "caf\xe9";
+  support::fs::copy(support::kFixture, place, support::fs::copy_options::recursive);
+  const Session session = Session::open(place, on_cpu());
+  session.selftest();
+  EXPECT_HAS(session.describe(), "onnxruntime-cpu");
 }
 
 TEST(Session, MovesAndEndsOnce) {

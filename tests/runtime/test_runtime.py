@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from support.servers import PATIENCE_S, until
 
 import bca_deploy
 from bca_deploy.bundle.read import Bundle
+from bca_deploy.bundle.trust import Trust, said
 from bca_deploy.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -186,6 +187,16 @@ def test_both_pick_the_same_model(bca_run: Path, exported: Bundle) -> None:
         assert set(described["passed_over"]) == passed_over - {"onnxruntime-tensorrt"}  # Python's alone
 
 
+def test_both_say_in_the_same_words_what_a_bundle_rests_on(bca_run: Path, exported: Bundle, tmp_path: Path) -> None:
+    text = (exported.directory / "manifest.json").read_text(encoding="utf-8")
+    assert '"trust": "live-module"' in text
+    for trust in get_args(Trust):
+        other = Path(shutil.copytree(exported.directory, tmp_path / trust))
+        (other / "manifest.json").write_text(text.replace('"trust": "live-module"', f'"trust": "{trust}"'), encoding="utf-8")
+        described = json.loads(passed([bca_run, other, "--describe"]))
+        assert (described["trust"], described["trust_said"]) == (trust, said(trust))
+
+
 def test_both_refuse_a_request_of_the_session_in_the_same_words(bca_run: Path, exported: Bundle, tmp_path: Path) -> None:
     given = inputs(1, 3000, 5)
     done = native.run([bca_run, exported.directory, *save(tmp_path, given)])
@@ -262,6 +273,7 @@ def test_an_output_goes_to_stdout_and_devices_stay_what_they_are(bca_run: Path, 
 
 class Tensor(ctypes.Structure):
     _fields_ = (
+        ("size", ctypes.c_size_t),
         ("name", ctypes.c_char_p),
         ("data", ctypes.c_void_p),
         ("shape", ctypes.POINTER(ctypes.c_int64)),
@@ -269,6 +281,10 @@ class Tensor(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("memory", ctypes.c_int32),
     )
+
+
+class NewerTensor(Tensor):
+    _fields_ = (("layout", ctypes.c_int64), ("reserved", ctypes.c_void_p))  # what a later version may add
 
 
 class OpenOptions(ctypes.Structure):
@@ -296,11 +312,19 @@ class NewerOptions(OpenOptions):
 DTYPES = {"float32": 0, "bool": 4}
 
 
-def tensors(arrays: dict[str, np.ndarray]) -> Any:
+def tensors(arrays: dict[str, np.ndarray], kind: type[Tensor] = Tensor) -> Any:
     """The arrays must outlive the result."""
-    return (Tensor * len(arrays))(
+    return (kind * len(arrays))(
         *(
-            Tensor(name.encode(), a.ctypes.data, (ctypes.c_int64 * a.ndim)(*a.shape), a.ndim, DTYPES[a.dtype.name], 0)
+            kind(
+                ctypes.sizeof(kind),
+                name.encode(),
+                a.ctypes.data,
+                (ctypes.c_int64 * a.ndim)(*a.shape),
+                a.ndim,
+                DTYPES[a.dtype.name],
+                0,
+            )
             for name, a in arrays.items()
         )
     )
@@ -342,6 +366,55 @@ def test_ctypes_runs_a_bundle_through_the_c_interface(library: ctypes.CDLL, open
     assert library.bca_version() == b"0.1.0"
 
 
+def test_tensors_of_a_newer_caller_are_longer_and_run(
+    library: ctypes.CDLL, opened: ctypes.c_void_p, exported: Bundle
+) -> None:
+    given = inputs(2, 7, 5)
+    outputs = {"out": np.empty((2, 7, 24), np.float32), "context_out": np.empty((2, 5, 16), np.float32)}
+    call = (tensors(given, NewerTensor), 4, tensors(outputs, NewerTensor), 2, None)
+    assert library.bca_run(opened, *call) == 0, library.bca_last_error()
+    with bca_deploy.open(exported.directory, threads=1) as session:
+        assert all(is_same(array, outputs[name]) for name, array in session.run(given).items())
+
+
+def test_an_older_caller_that_was_compiled_with_shorter_structures_runs(release: Path, tmp_path: Path) -> None:
+    source, program = native.ROOT / "runtime" / "tests" / "older_caller.c", tmp_path / "older_caller"
+    passed(["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", source, "-ldl", "-o", program])
+    shown = passed([program, release / "libbca_runtime.so", FIXTURE])
+    x, context = (np.arange(n * d, dtype=np.float32).reshape(1, n, d) / np.float32(n * d) for n, d in ((4, 8), (3, 6)))
+    with bca_deploy.open(FIXTURE, "onnxruntime-cpu", threads=1) as session:
+        out, context_out = session(x, context)
+    assert np.allclose([float(word) for word in shown.split()], [out.flat[0], context_out.flat[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_whose_size_is_not_set_or_differs_are_refused(library: ctypes.CDLL, opened: ctypes.c_void_p) -> None:
+    given = inputs(2, 7, 5)
+    sent = tensors(given)
+    # The last is what callers had in its place before there was a size: the address of the name.
+    for size in (0, 7, 39, 5000, ctypes.cast(ctypes.c_char_p(b"x"), ctypes.c_void_p).value):
+        sent[0].size = size
+        assert library.bca_run(opened, sent, 4, None, 0, None) == 1
+        assert library.bca_last_error() == b"a tensor's size is not set; set it to sizeof of the structure"
+    sent = tensors(given)
+    sent[1].size = 40
+    assert library.bca_run(opened, sent, 4, None, 0, None) == 1
+    assert library.bca_last_error() == b"the tensors of a list differ in size; set each to sizeof of the structure"
+
+
+def test_numbers_that_bca_h_does_not_know_are_refused(library: ctypes.CDLL, opened: ctypes.c_void_p) -> None:
+    given = inputs(2, 7, 5)
+    for field, number, message in (
+        ("dtype", 13, b"input x: its element type is 13; allowed: 0 float32, "),
+        ("dtype", -1, b"input x: its element type is -1; allowed: 0 float32, "),
+        ("memory", 2, b"input x: its memory is 2; allowed: 0 cpu, 1 cuda"),
+        ("rank", -1, b"tensor x has no shape"),
+    ):
+        sent = tensors(given)
+        setattr(sent[0], field, number)
+        assert library.bca_run(opened, sent, 4, None, 0, None) == 1
+        assert library.bca_last_error().startswith(message)
+
+
 def test_the_c_interface_reports_each_kind_of_error(library: ctypes.CDLL, opened: ctypes.c_void_p, tmp_path: Path) -> None:
     session = ctypes.c_void_p()
 
@@ -356,6 +429,7 @@ def test_the_c_interface_reports_each_kind_of_error(library: ctypes.CDLL, opened
     assert open_error(FIXTURE, onnxruntime_library=b"nowhere.so", backend=b"onnxruntime-cpu")[0] == 4
     assert open_error(FIXTURE, backend=b"cpu")[0] == 1
     assert open_error(FIXTURE, verify=9)[1] == "verify is 9; allowed: 0 full, 1 size, 2 off"
+    assert open_error(FIXTURE, threads=100_000)[1] == "threads is 100000; it must be at least 1 and at most 1024, or 0 for every core"
     assert not session
     assert library.bca_open(None, None, ctypes.byref(session)) == 1
     assert library.bca_run(opened, None, 1, None, 0, None) == 1
@@ -555,9 +629,16 @@ def test_the_library_is_small_and_shows_only_its_interface(release: Path, tmp_pa
     passed(["strip", "-o", tmp_path / "stripped.so", release / "libbca_runtime.so"])
     assert (tmp_path / "stripped.so").stat().st_size < 1_000_000
     symbols = passed(["nm", "-DC", "--defined-only", release / "libbca_runtime.so"]).splitlines()
-    names = [line.split(maxsplit=2)[2] for line in symbols]
-    assert "bca_open" in names
-    assert [name for name in names if "nlohmann" in name or "Contract" in name or "Runner" in name] == []
+    names = {line.split(maxsplit=2)[2] for line in symbols}
+    headers = "".join(path.read_text() for path in (native.ROOT / "runtime" / "include" / "bca").iterdir())
+    assert {name for name in names if name.startswith("bca_")} == set(re.findall(r"BCA_PUBLIC [^;(]*?(bca_\w+)\(", headers))
+    classes = set(re.findall(r"class BCA_API (\w+)", headers)) | {"Dims"}
+    functions = set(re.findall(r"^BCA_API [^(]*?(\w+)\(", headers, flags=re.MULTILINE))
+    shown = {re.sub(r"^(typeinfo|typeinfo name|vtable) for ", "", name) for name in names if not name.startswith("bca_")}
+    found = {re.match(r"bca::(\w+)", name) for name in shown}
+    assert None not in found, shown
+    assert {match[1] for match in found if match} == classes | functions
+    assert [name for name in shown if "::State::" in name] == []
 
 
 # The gRPC server, called by the public client.
@@ -673,7 +754,50 @@ def test_the_server_writes_an_output_once_and_has_one_version(server: Any) -> No
     assert (code, message) == ("StatusCode.NOT_FOUND", "there is no version '7' of model here; there is 1, or leave it out")
     assert refusal(lambda: client.get_model_metadata("model", "7"))[0] == "StatusCode.NOT_FOUND"
     assert client.is_model_ready("model", "1")
-    assert not client.is_model_ready("model", "7")
+    assert refusal(lambda: client.is_model_ready("model", "7")) == (code, message)
+    assert refusal(lambda: client.is_model_ready("other"))[0] == "StatusCode.NOT_FOUND"
+
+
+def test_a_message_that_cannot_be_read_is_answered_with_a_text(server: Any) -> None:
+    client, _ = server()
+    text = "the message cannot be read as what this call takes; send what inference.proto says"
+    for call, sent in (("ModelInfer", b"\xff\xff\xff"), ("ModelInfer", b"\x0a\x02\xff\xfe"), ("ModelMetadata", b"\x0a\x7f")):
+        with pytest.raises(grpc.RpcError) as error:
+            client._channel.unary_unary(f"/inference.GRPCInferenceService/{call}")(sent)
+        assert (error.value.code(), error.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, text)
+    assert client.is_server_live()
+
+
+def test_a_refusal_is_short_whatever_the_client_sent(server: Any) -> None:
+    client, _ = server()
+    for name in ("n" * 50_000, "ü" * 25_000):
+        for call in (
+            lambda name=name: client.is_model_ready(name),
+            lambda name=name: client.get_model_metadata("model", name),
+            lambda name=name: client.infer("model", request({name: np.zeros((1, 2, 8), np.float32)})),
+        ):
+            code, message = refusal(call)
+            assert code in ("StatusCode.NOT_FOUND", "StatusCode.INVALID_ARGUMENT")
+            assert len(message.encode()) <= 1003
+            assert message.endswith("...")
+
+
+def health(client: Any, service: bytes = b"") -> bytes:
+    sent = b"\x0a" + bytes([len(service)]) + service if service else b""
+    return client._channel.unary_unary("/grpc.health.v1.Health/Check")(sent)
+
+
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
+
+
+def test_the_server_has_grpcs_own_health_service_and_reflection(server: Any) -> None:
+    client, _ = server()
+    assert health(client) == health(client, b"inference.GRPCInferenceService") == SERVING
+    with pytest.raises(grpc.RpcError) as error:
+        health(client, b"other")
+    assert error.value.code() == grpc.StatusCode.NOT_FOUND
+    call = client._channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    assert b"inference.GRPCInferenceService" in next(call(iter([b"\x3a\x00"])))  # which services there are
 
 
 def test_the_servers_threads_do_not_spin(release: Path, tmp_path: Path) -> None:
@@ -738,6 +862,7 @@ def test_a_stop_lets_requests_at_work_end_refuses_new_ones_and_leaves_with_0(hel
         held.at_work(2)
         process.send_signal(signal.SIGTERM)
         until(lambda: not client.is_server_ready())
+        assert health(client) == NOT_SERVING
         refused = refusal(lambda: client.infer("model", given))
         assert refused == ("StatusCode.UNAVAILABLE", "the server is stopping; ask another")
         assert not any(call.done() for call in slow)

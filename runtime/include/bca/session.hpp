@@ -23,6 +23,9 @@ enum class Precision : int { Fp32 = 0, Fp16, Bf16 };
 /// How much of the bundle is checked first: every hash, only sizes, or nothing but that the files are there.
 enum class Verify : int { Full = 0, Size, Off };
 
+/// What shows that the bundle is the function that its user runs: nothing, a sample of its outputs, or the live module.
+enum class Trust : int { OnTrust = 0, Sample, LiveModule };
+
 struct Options {
   Backend backend = Backend::Auto;
   std::optional<Precision> precision;    // none: the best that the backend has
@@ -123,8 +126,9 @@ class BCA_API Session {
   Backend backend() const;
   Precision precision() const;
   const Explanation& explain() const;
+  Trust trust() const;
 
-  /// The same as JSON: backend, precision, inputs, outputs, dims, chosen, passed_over.
+  /// The same as JSON: trust, trust_said, backend, precision, inputs, outputs, dims, chosen, passed_over.
   std::string describe() const;
 
   Session(Session&&) noexcept;
@@ -134,13 +138,14 @@ class BCA_API Session {
   ~Session();
 
  private:
-  struct State;
+  struct __attribute__((visibility("hidden"))) State;
   explicit Session(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
 
 BCA_API const char* name_of(Backend backend);          // as Python writes it: "onnxruntime-cpu"
 BCA_API const char* name_of(Precision precision);      // "fp32"
+BCA_API const char* name_of(Trust trust);              // "on-trust"
 BCA_API Backend backend_of(const std::string& name);   // throws InputError with the nearest name
 BCA_API Precision precision_of(const std::string& name);
 
