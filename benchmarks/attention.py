@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bca_deploy.benchmarking.grid import Asked, parse_shapes
+from bca_deploy.benchmarking.suite import bench
 from bca_deploy.cli import console
-from bca_deploy.cli.bench import bench, parse_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "build" / "bench"
@@ -29,18 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--contenders", nargs="+", default=())
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--threads", nargs="+", type=int, default=())
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    shapes, progress = parse_shapes(options.shapes), console.progress()
-    with progress as shown:
-        report = bench(
-            make_bundle(), shapes, options.contenders, threads=options.threads, seconds=options.seconds, progress=shown
-        )
-    console.show_bench(report, as_json=False)
+    asked = Asked(shapes=tuple(parse_shapes(options.shapes)), threads=tuple(options.threads), seconds=options.seconds)
+    with console.progress() as shown:
+        result = bench(make_bundle(), asked, options.contenders, progress=shown)
+    console.show_bench(result, as_json=False)
     if options.json:
-        options.json.write_text(report.as_json() + "\n")
+        options.json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
-
-from session import median_us
 
 if TYPE_CHECKING:
     from support.models import Kind
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 Row = dict[str, Any]
-ROUNDS, WARMUPS = 15, 3
+ROUNDS = 15
 TOKENS, THREADS = (512, 64), (1, 2)
 #: The files of each way, under the folder it writes to. A session runs the last on the CPU, where there is one.
 FILES = {
@@ -93,16 +92,14 @@ def sizes(name: str, tokens: int) -> dict[str, int]:
 
 def write_literal(kind: "Kind", folder: Path) -> float:
     """Export the untouched model as everyone does, in both precisions; return the seconds of the first."""
-    import torch
+    from bca_deploy.benchmarking.torch_forms import plain_export
 
     sample = kind.pair()[0]
-    axes = {name: {i: axis for i, axis in enumerate(axes) if axis} for name, axes in kind.axes.items()}
-    options: dict[str, Any] = {"dynamo": True, "opset_version": 17, "dynamic_shapes": axes, "verbose": False}
     start = time.perf_counter()
-    torch.onnx.export(kind.make(), kwargs=sample, f=str(folder / "fp32.onnx"), **options)
+    plain_export(kind.make(), sample, kind.axes, folder / "fp32.onnx")
     seconds = time.perf_counter() - start
     halves = {name: value.half() if value.is_floating_point() else value for name, value in sample.items()}
-    torch.onnx.export(kind.make().half(), kwargs=halves, f=str(folder / "fp16.onnx"), **options)
+    plain_export(kind.make().half(), halves, kind.axes, folder / "fp16.onnx")
     return seconds
 
 
@@ -163,32 +160,23 @@ def scratch_mb(kind: "Kind", onnx: Path) -> float:
 # ---- latency
 
 
-def opened(path: Path, threads: int) -> Any:
-    """Open a file as a bundle's session does. Without spinning: the pools of several sessions would wait against each other."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def latency(name: str, threads: str, folder: str) -> Row:
     """Time every float32 file, in turn."""
+    from bca_deploy.timing.onnx_files import opened
+
     kind = kinds()[name]
     paths = {(way, label): Path(folder) / way / file for way, files in FILES.items() for label, file in files.items()}
     sessions = {key: opened(path, int(threads)) for key, path in paths.items() if key[1].startswith("fp32") and path.exists()}
     labels = [f"{way} {label}" for way, label in sessions]
-    return {str(tokens): dict(zip(labels, in_turn(kind, sessions.values(), tokens), strict=True)) for tokens in TOKENS}
+    return {str(tokens): dict(zip(labels, medians(kind, list(sessions.values()), tokens), strict=True)) for tokens in TOKENS}
 
 
-def in_turn(kind: "Kind", sessions: Iterable[Any], tokens: int) -> list[float]:
+def medians(kind: "Kind", sessions: Sequence[Any], tokens: int) -> list[float]:
     """Return the median milliseconds of each session on the same inputs."""
+    from bca_deploy.timing.onnx_files import side_by_side
+
     feeds = {name: tensor.numpy() for name, tensor in kind.sample(0, sizes(kind.name, tokens)).items()}
-    runs = [lambda session=session: session.run(None, feeds) for session in sessions]
-    median_us(runs, WARMUPS)
-    return [us / 1e3 for us in median_us(runs, ROUNDS)]
+    return [median(times) for times in side_by_side(sessions, feeds, ROUNDS)]
 
 
 # ---- the table

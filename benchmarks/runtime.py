@@ -23,7 +23,7 @@ import numpy as np
 from attention import make_bundle
 
 import bca_deploy
-from bca_deploy.cli.bench import inputs
+from bca_deploy.timing.inputs import padded_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -31,6 +31,7 @@ from support import native  # noqa: E402  (where runtime/ is built)
 
 DEMO = ROOT / "build" / "demo"
 RUNS = 300
+SIZES = {"batch": 1, "x_len": 512, "context_len": 512}
 
 
 def python_p50_ms(bundle: Path, threads: int, sample: Path) -> float:
@@ -67,7 +68,7 @@ def latencies(release: Path, rounds: int, threads: int) -> dict[str, float]:
     bundle = make_bundle()
     with tempfile.TemporaryDirectory() as directory, bca_deploy.open(bundle) as session:
         sample = Path(directory) / "sample.npz"
-        np.savez(sample, **inputs(session.manifest, (1, 512, 512)))  # type: ignore[arg-type]
+        np.savez(sample, **padded_inputs(session.manifest.signature, SIZES))  # type: ignore[arg-type]
         pairs = [
             (cpp_p50_ms(release, bundle, threads, sample), python_in_own_process(bundle, threads, sample))
             for _ in range(rounds)

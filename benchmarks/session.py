@@ -11,44 +11,46 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from attention import make_bundle
+
+from bca_deploy.timing.turns import in_turn
+
+if TYPE_CHECKING:
+    from bca_deploy import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, object]
 
 
-def median_us(runs: list[Callable[[], object]], rounds: int, block: int = 1) -> list[float]:
-    """Call each in turn, ``block`` times, so that whatever disturbs the machine disturbs all; the first of a block warms up."""
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, found in zip(runs, times, strict=True):
-            for index in range(block):
-                before = time.perf_counter()
-                run()
-                if index or block == 1:
-                    found.append((time.perf_counter() - before) * 1e6)
-    return [statistics.median(found) for found in times]
+def medians_us(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+    return [statistics.median(times) * 1e3 for times in in_turn(runs, rounds)]
+
+
+def feeds_at(session: "Session", *shape: int) -> dict[str, np.ndarray]:
+    from bca_deploy.timing.inputs import padded_inputs
+
+    signature = session.manifest.signature
+    return padded_inputs(signature, signature.dims.named(shape))
 
 
 def overhead(bundle: str, threads: int) -> Row:
     """Over ``InferenceSession.run`` of the very session underneath: two in one process would spin against each other."""
     import bca_deploy
-    from bca_deploy.cli.bench import inputs
     from bca_deploy.session.backends.denormals import Flushed
 
     with bca_deploy.open(bundle, threads=threads) as session:
-        feeds, bare, names = inputs(session.manifest, (1, 64, 64)), session._backend._session, ["out", "context_out"]
+        feeds, bare, names = feeds_at(session, 1, 64, 64), session._backend._session, ["out", "context_out"]
 
         def flushed() -> object:
             with Flushed():
                 return bare.run(names, feeds)
 
-        found = median_us([lambda: session(**feeds), lambda: bare.run(names, feeds), flushed], 3000)
+        found = medians_us([lambda: session(**feeds), lambda: bare.run(names, feeds), flushed], 3000)
     return dict(zip(("session_us", "bare_us", "bare_with_denormals_flushed_us"), found, strict=True))
 
 
@@ -59,7 +61,7 @@ import bca_deploy, sys
 bca_deploy.open(sys.argv[1])
 seconds, torch_imported = time.perf_counter() - start, "torch" in sys.modules
 import json
-from bca_deploy.cli.bench import peak_rss_mb
+from bca_deploy.timing.memory import peak_rss_mb
 print(json.dumps({"open_s": seconds, "peak_rss_mb": peak_rss_mb(), "torch_imported": torch_imported}))
 """
 
@@ -75,11 +77,11 @@ def opening(bundle: str, threads: int) -> Row:
 def long_lengths(bundle: str, threads: int) -> Row:
     """Peak memory at 1x4096x4096 over that of the process with the session open and its inputs made."""
     import bca_deploy
-    from bca_deploy.cli.bench import inputs, peak_rss_mb
+    from bca_deploy.timing.memory import peak_rss_mb
 
     with bca_deploy.open(bundle, threads=threads) as session:
         before = peak_rss_mb()
-        feeds = inputs(session.manifest, (1, 4096, 4096))
+        feeds = feeds_at(session, 1, 4096, 4096)
         session(**feeds)
         return {"over_the_open_session_mb": peak_rss_mb() - before, "peak_rss_mb": peak_rss_mb()}
 
@@ -96,8 +98,8 @@ def many(bundle: str, threads: int) -> Row:
             pairs = [
                 (rng.standard_normal((1, i, 512), np.float32), rng.standard_normal((1, j, 386), np.float32)) for i, j in lengths
             ]
-            one_by_one, together = median_us(
-                [lambda p=pairs: [session(*pair) for pair in p], lambda p=pairs: session.run_many(p)], 4, 6
+            one_by_one, together = medians_us(
+                [lambda p=pairs: [session(*pair) for pair in p], lambda p=pairs: session.run_many(p)], 20
             )
             found[f"{count} pairs of {low} to {high}"] = one_by_one / together
     return found

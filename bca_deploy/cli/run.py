@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from bca_deploy.cli.common import BackendFlag, BundleArgument, JsonFlag, PrecisionFlag, VerboseFlag, app, guarded
+from bca_deploy.cli.common import (
+    BackendFlag,
+    BundleArgument,
+    JsonFlag,
+    ModelFlag,
+    PrecisionFlag,
+    VerboseFlag,
+    app,
+    check_paths,
+    guarded,
+)
 from bca_deploy.errors import InputError
 
 
@@ -44,36 +54,61 @@ def run_command(  # noqa: PLR0913  (one parameter per option)
 
 
 @app.command("bench")
-def bench_command(
+def bench_command(  # noqa: PLR0913  (one parameter per option)
     bundle: BundleArgument,
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="BATCHxX_LENxCONTEXT_LEN; again for more. [default: 1x64x64, 1x512x512 and 8x512x512]"),
+        typer.Option(help="A size for each dimension, BATCHxX_LENxCONTEXT_LEN; again for more. [default: the grid below]"),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Of the grid; again for more. [default: 1 and 8]")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Of the grid, in every dimension but the batch. [default: 64 and 512]")
     ] = None,
     contender: Annotated[
         list[str] | None,
         typer.Option(
-            help="eager, sdpa, compiled, literal, portable or openvino; again for more. [default: all that can run here]"
+            help="eager, sdpa, compiled, plain (torch.onnx.export), literal, portable or openvino; again for more. "
+            "[default: all that can run here]"
         ),
     ] = None,
+    model: ModelFlag = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to load into --model.")] = None,
+    prefix: Annotated[str, typer.Option(help="Where the model is inside a bigger checkpoint.")] = "",
     backend: BackendFlag = "auto",
-    threads: Annotated[int | None, typer.Option(help="That each may use on the CPU. [default: every core]")] = None,
-    seconds: Annotated[float, typer.Option(help="For each contender and shape.")] = 3.0,
+    precision: Annotated[list[str] | None, typer.Option(help="Again for more. [default: the session's]")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="That each may use on the CPU; again for more. [default: every core]")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="For each contender in each cell. [default: 3]")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Four contenders at batch 1 and two lengths, a second each: under a minute.")
+    ] = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
-    """Time a bundle's session beside PyTorch and others, one process for each.
+    """Time a bundle's session beside PyTorch and others, one process for each, in turn.
 
-    Latency percentiles, throughput, and peak memory; the session is always among them. Exit codes: 0 done, 2 bad input.
+    Latency, throughput, peak memory, and how both grow; the session is always among them. Exit codes: 0 done, 2 bad input.
     """
     with guarded(verbose):
+        from bca_deploy.benchmarking.grid import Asked, parse_shapes
+        from bca_deploy.benchmarking.setting import Place
+        from bca_deploy.benchmarking.suite import bench
         from bca_deploy.cli import console
-        from bca_deploy.cli.bench import bench, parse_shapes
 
-        shapes = parse_shapes(shape or ["1x64x64", "1x512x512", "8x512x512"])
+        if model is None and (checkpoint is not None or prefix):
+            raise InputError("--checkpoint and --prefix are about a whole model; give --model, too")
+        check_paths(weights=checkpoint)
+        asked = Asked(
+            shapes=tuple(parse_shapes(shape or [])),
+            batches=tuple(batch or ()),
+            lengths=tuple(length or ()),
+            precisions=tuple(precision or ()),
+            threads=tuple(threads or ()),
+            seconds=seconds,
+            quick=quick,
+        )
+        place = Place(model, checkpoint, prefix) if model else None
         with console.progress() as progress:
-            progress.stage("bench")
-            report = bench(
-                bundle, shapes, contender or (), backend=backend, threads=threads, seconds=seconds, progress=progress
-            )
-        console.show_bench(report, as_json)
+            result = bench(bundle, asked, contender or (), backend=backend, place=place, progress=progress)
+        console.show_bench(result, as_json)
