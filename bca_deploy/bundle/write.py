@@ -25,12 +25,13 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
     """Give a private directory to fill; it becomes ``out`` when the block ends well, and vanishes when it does not.
 
     Args:
-        out: the bundle's directory, or its archive where the name ends in ``.bca``.
+        out: the bundle's directory, or its archive where the name ends in ``.bca``; a link is what it leads to.
         force: replace an existing bundle: only the files its manifest lists go, anything else stays.
 
     Raises:
         BundleError: ``out`` exists and may not be replaced, or another process is writing it.
     """
+    out = _followed(out)
     with _parents(out.parent), _locked(out):
         _remove_leftovers(out)
         check_target(out, force)
@@ -102,12 +103,18 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(safe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _followed(out: Path) -> Path:
+    """Return what a link leads to; a link to nowhere stays one, and is refused."""
+    return out.resolve() if out.is_symlink() and out.exists() else out
+
+
 def check_target(out: Path, force: bool) -> None:
     """Refuse a target that may not be written.
 
     Raises:
         BundleError: it exists and is no bundle, or is one and ``force`` is not given.
     """
+    out = _followed(out)
     if not out.exists() and not out.is_symlink():
         return
     if out.is_dir() and not out.is_symlink():

@@ -1,5 +1,6 @@
 """What to export, as data: a TOML recipe, overridden by flags. The defaults here are the documented default export."""
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -12,6 +13,7 @@ from bca_deploy.bundle.engine_options import EngineTable, _Table
 from bca_deploy.errors import InputError, nearest
 from bca_deploy.signature import DimRange, Dims
 from bca_deploy.spec import (
+    DTYPE_OF,
     EXTERNAL_DATA_BYTES,
     LAYER_DIMS,
     Bias,
@@ -125,6 +127,8 @@ class Recipe(_Table):
     precision: Annotated[tuple[Precision, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("fp32",)
     keep_io_types: bool = True
     parity: Literal["quick", "full"] = "quick"
+    #: Measure here which form the graph for the CPU takes.
+    tune: bool = False
     external_data_bytes: int = Field(default=EXTERNAL_DATA_BYTES, ge=0)
     seed: int = 0
     engine: EngineTable | None = None
@@ -199,12 +203,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
-            inner = merged.get(key, {})
+            inner = _as_range(merged.get(key, {}))
             if isinstance(inner, Mapping) and (both := _merge(inner, value)):  # anything else is pydantic's to refuse
                 merged[key] = both
         elif value is not None:
             merged[key] = value
     return merged
+
+
+# What precisions are called elsewhere.
+_PRECISIONS = {dtype: precision for precision, dtype in DTYPE_OF.items()} | {"half": "fp16", "float": "fp32"}
 
 
 def _explain(error: Any) -> str:
@@ -215,7 +223,16 @@ def _explain(error: Any) -> str:
         return "engine.library: give --engine rtx or --engine tensorrt, or library under [engine] of the recipe"
     if error["type"] == "missing":
         return f"{where} is missing, and {'.'.join(map(str, error['loc'][:-1]))} cannot be without it"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+    if error["type"] == "dataclass_type":  # a range is the only one
+        return f"{where}: give three sizes, min, opt and max, such as (1, 4, 8) (got {error['input']!r})"
+    meant = _meant(error) if error["type"] == "literal_error" else ""
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{meant} (got {error['input']!r})"
+
+
+def _meant(error: Any) -> str:
+    said = str(error["input"])
+    allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+    return nearest(_PRECISIONS[said] if said in _PRECISIONS and "fp32" in allowed else said, allowed)
 
 
 def _known(place: tuple[Any, ...]) -> list[str]:

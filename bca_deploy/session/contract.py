@@ -17,6 +17,14 @@ AnyArray: TypeAlias = "Array | DeviceArray"
 #: One request of ``run_many``: the inputs in the model's order, as many as there are to give.
 Pair = Sequence[Any]
 
+# What a bare layer has only where it is exported with it, by the names that its forward has for it.
+_BY_EXPORT = {
+    "mask": "without --no-mask",
+    "context_mask": "with --context-mask",
+    "rel_pos_bias": "with --rel-pos-bias",
+    "return_attn": "with --attention-maps",
+}
+
 #: Accepted shapes that are remembered.
 _MOST_SHAPES = 1000
 
@@ -33,6 +41,9 @@ class Contract:
         self._signature, self._profiles = signature, profiles
         self.names = tuple(tensor.name for tensor in signature.inputs)
         self._dtypes = {tensor.name: numpy_dtype(tensor.dtype) for tensor in signature.inputs}
+        self._masks = frozenset(signature.masks.values())
+        # A mask of one entry or one length is spread over the sizes that the others have.
+        self._masks_last = sorted(signature.inputs, key=lambda tensor: tensor.name in self._masks)
         self._bools = tuple(tensor.name for tensor in signature.inputs if tensor.dtype == "bool")
         self._accepted: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -47,6 +58,8 @@ class Contract:
             given: arrays by name, on the CPU or the GPU.
             cast: turn other floating-point dtypes, other integers, and masks of 0 and 1, into the model's dtypes.
 
+        A mask is spread as the layer does it: ``[1, N]`` over the batch, ``[B, 1]`` over the length.
+
         Raises:
             InputError: naming the input, the axis, what it got, what is allowed and the way out.
         """
@@ -56,7 +69,8 @@ class Contract:
                 _check_bytes(name, given[name])
             return dict(given)
         ready = self._checked(given, cast)
-        if shapes is not None and len(self._accepted) < _MOST_SHAPES:
+        as_given = shapes == tuple(array.shape for array in ready.values())  # else a mask was spread
+        if shapes is not None and as_given and len(self._accepted) < _MOST_SHAPES:
             self._accepted.add(shapes)
         return ready
 
@@ -82,13 +96,14 @@ class Contract:
             if array is None:
                 ready[tensor.name] = np.full(tensor.shape(sizes), tensor.fill, dtype)
             else:
-                ready[tensor.name] = converted(tensor.name, dtype, array, cast)
+                made = converted(tensor.name, dtype, array, cast, tensor.name in self._masks)
+                ready[tensor.name] = _spread(tensor, made, tensor.shape(sizes))
         return ready
 
     def _sizes(self, given: Mapping[str, AnyArray]) -> dict[str, int]:
         """Return the size of each named dimension, checked against everything that is known of it."""
         found: dict[str, tuple[int, str]] = {}
-        for tensor in self._signature.inputs:
+        for tensor in self._masks_last:
             array = given.get(tensor.name)
             if array is not None:
                 self._check_shape(tensor, array.shape, found)
@@ -115,7 +130,7 @@ class Contract:
             if known is None:
                 self._check_range(tensor, index, axis, size)
                 sizes[axis] = (size, tensor.name)
-            elif known[0] != size:
+            elif known[0] != size and not (size == 1 and tensor.name in self._masks):
                 raise InputError(
                     f"input {tensor.name}: axis {index} ({axis}) is {size}, but {known[1]} has {known[0]}; they must agree"
                 )
@@ -142,6 +157,15 @@ class Contract:
         return f"pad it and mask the padding, or {again}" if axis in self._signature.masks else again
 
 
+def _spread(tensor: Tensor, array: AnyArray, shape: tuple[int, ...]) -> AnyArray:
+    """Return a mask of one entry or one length over the whole shape; everything else has it already."""
+    if array.shape == shape:
+        return array
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"input {tensor.name} is {list(array.shape)} on the GPU, and needs {list(shape)}; expand it there")
+    return np.ascontiguousarray(np.broadcast_to(array, shape))
+
+
 def bind(names: Sequence[str], args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call's arguments by the names of the inputs; ``None`` counts as not given.
 
@@ -149,20 +173,29 @@ def bind(names: Sequence[str], args: tuple[Any, ...], named: Mapping[str, Any]) 
         InputError: too many, given twice, or unknown.
     """
     if len(args) > len(names):
-        raise InputError(f"{len(args)} inputs by position, but the model takes {len(names)}: {', '.join(names)}")
+        told = f"{len(args)} inputs by position, but the model takes {len(names)}: {', '.join(names)}"
+        raise InputError(told + _how("rel_pos_bias", names))
     given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
     for name, value in named.items():
         if value is None:
             continue
         if name not in names:
-            raise InputError(f"the model has no input {name!r}{nearest(name, names)}; it takes {', '.join(names)}")
+            told = f"the model has no input {name!r}{nearest(name, names)}; it takes {', '.join(names)}"
+            raise InputError(told + _how(name, names))
         if name in given:
             raise InputError(f"input {name} is given twice, by position and by name")
         given[name] = value
     return given
 
 
-def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool) -> AnyArray:
+def _how(name: str, names: Sequence[str]) -> str:
+    """Return how a bare layer is exported so that it has what this model has not."""
+    if name not in _BY_EXPORT or name in names or tuple(names[:2]) != ("x", "context"):
+        return ""
+    return f"; a bare layer has {name} where it is exported {_BY_EXPORT[name]}"
+
+
+def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool, mask: bool = False) -> AnyArray:
     """Return an input in the model's element type: itself where it has that already.
 
     Args:
@@ -170,6 +203,7 @@ def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool) -> A
         dtype: the model's.
         array: as it was given.
         cast: turn other floating-point dtypes, other integers, and masks of 0 and 1, into the model's.
+        mask: whether it is a mask, of integers too.
 
     Raises:
         InputError: another dtype, a value that the model's cannot hold, or a bool of another byte than 0 and 1.
@@ -179,12 +213,12 @@ def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool) -> A
             _check_bytes(name, array)
         return array
     kind = "f" if array.dtype.name == "bfloat16" else array.dtype.kind
-    possible = kind in {"b": "iu", "i": "iu"}.get(dtype.kind, "f")
+    possible = kind in {"b": "iuf", "i": "iubf" if mask else "iu"}.get(dtype.kind, "f")
     if not cast or not possible or not isinstance(array, np.ndarray):
         way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
         raise InputError(f"input {name} has dtype {array.dtype}, and needs {dtype}{way_out if possible else ''}")
-    if dtype.kind == "b" and (others := array[(array != 0) & (array != 1)]).size:
-        raise InputError(f"input {name}: a mask of integers must hold 0 and 1 alone, and it holds {others[0]}")
+    if dtype.kind == "b" or (dtype.kind == "i" and kind in "bf"):
+        _check_zeros_and_ones(name, array.view(np.uint8) if kind == "b" else array, kind)
     with np.errstate(over="ignore"):  # checked below, with a better message
         made = array.astype(dtype)
     if dtype.kind == "i" and (others := array[made != array]).size:
@@ -193,6 +227,12 @@ def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool) -> A
         largest = np.abs(array[over]).max()
         raise InputError(f"input {name} holds {largest:.3g}, more than {dtype} can; scale it down")
     return made
+
+
+def _check_zeros_and_ones(name: str, array: Array, kind: str) -> None:
+    if (others := array[(array != 0) & (array != 1)]).size:
+        of, shown = ("integers", str(others[0])) if kind in "iu" else ("numbers", f"{float(others[0]):.3g}")
+        raise InputError(f"input {name}: a mask of {of} must hold 0 and 1 alone, and it holds {shown}")
 
 
 def _check_bytes(name: str, array: AnyArray) -> None:

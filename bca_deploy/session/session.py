@@ -17,7 +17,6 @@ from bca_deploy.bundle import selftest
 from bca_deploy.bundle.manifest import SELFTEST_FILE, Manifest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
-from bca_deploy.files import read_arrays
 from bca_deploy.forks import ForkLock, Home
 from bca_deploy.session import arrays, many
 from bca_deploy.session.backends.backend import Backend, Explanation
@@ -188,22 +187,28 @@ class Session:
         self._check_open()
         best = [tuple(self.dims.at("opt").values())]
         for shape in best if shapes is None else shapes:
-            sizes = self.dims.named(shape)
-            # Views of one number: an impossible shape is refused before it takes memory.
-            zeros = {
-                tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), tensor.shape(sizes))
-                for tensor in self.inputs
-            }
-            ready = self._ready(zeros, cast=False)
-            self._timed(self._backend.warm, {name: np.ascontiguousarray(array) for name, array in ready.items()})
+            self._timed(self._backend.warm, self._zeros(self.dims.named(shape)))
+
+    def trim(self) -> None:
+        """Give memory that large calls have left to the next one as large back: for a process that has had its peak."""
+        self._check_open()
+        self._backend.trim(self._zeros(self.dims.at("min")))
+
+    def _zeros(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        # Views of one number: an impossible shape is refused before it takes memory.
+        zeros = {
+            tensor.name: np.broadcast_to(np.zeros((), numpy_dtype(tensor.dtype)), tensor.shape(sizes)) for tensor in self.inputs
+        }
+        return {name: np.ascontiguousarray(array) for name, array in self._ready(zeros, cast=False).items()}
 
     def selftest(self) -> None:
         """Run the bundle's own inputs and hold the outputs to their bounds.
 
         Raises:
             ParityError: an output is out of bounds.
+            BundleError: selftest.npz is damaged.
         """
-        arrays = read_arrays(self._bundle.path(SELFTEST_FILE))
+        arrays = selftest.read(self._bundle.path(SELFTEST_FILE))
         failures = selftest.failures(arrays, self._backend.precision, lambda inputs: self.run(inputs, cast=True))
         if failures:
             raise ParityError("; ".join(failures))
@@ -329,7 +334,9 @@ class Session:
     def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
         names, sizes = [tensor.name for tensor in self.outputs], self._signature.sizes(ready)
         if set(outputs) != set(names):
-            raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(names)}")
+            maps = not {"attn", "context_attn"}.isdisjoint(set(outputs) - set(names))
+            how = "; a bare layer gives maps where it is exported with --attention-maps" if maps else ""
+            raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(names)}{how}")
         for tensor in self.outputs:
             wanted, array = tensor.shape(sizes), outputs[tensor.name]
             if array.shape != wanted or array.dtype != tensor.dtype or not _takes_writes(array):

@@ -51,8 +51,10 @@ double largest_lost(const std::vector<double>& values, const std::vector<double>
   return found;
 }
 
-void check_possible(const TensorInfo& input, const View& view, bool cast) {
-  const bool known = is_float(input.dtype) ? is_float(view.dtype) : view.dtype > DType::Bool;  // the integers come after Bool
+bool is_integer(DType dtype) { return dtype > DType::Bool; }
+
+void check_possible(const TensorInfo& input, const View& view, bool cast, bool mask) {
+  const bool known = is_float(input.dtype) ? is_float(view.dtype) : is_integer(view.dtype) || mask || input.dtype == DType::Bool;
   const bool on_cpu = view.memory == Memory::Cpu;
   if (cast && known && on_cpu) return;
   const char* way_out = on_cpu ? "; cast=True converts it" : "; convert it on the GPU";
@@ -60,9 +62,12 @@ void check_possible(const TensorInfo& input, const View& view, bool cast) {
                    (known ? way_out : ""));
 }
 
-void check_mask(const TensorInfo& input, const std::vector<double>& values) {
+void check_mask(const TensorInfo& input, const View& view, const std::vector<double>& values) {
   const auto other = std::find_if(values.begin(), values.end(), [](double value) { return value != 0 && value != 1; });
-  if (other != values.end()) throw InputError("input " + input.name + ": a mask of integers must hold 0 and 1 alone, and it holds " + text::whole(*other));
+  if (other == values.end()) return;
+  const bool whole = is_integer(view.dtype);
+  throw InputError("input " + input.name + ": a mask of " + (whole ? "integers" : "numbers") + " must hold 0 and 1 alone, and it holds " +
+                   (whole ? text::whole(*other) : text::number(*other)));
 }
 
 template <typename T> std::int64_t integer_at(const View& view, std::size_t index) {
@@ -111,11 +116,11 @@ Tensor filled(DType dtype, Shape shape, double value) {
   return made;
 }
 
-Tensor cast_to(const TensorInfo& input, const View& view, bool cast) {
-  check_possible(input, view, cast);
-  if (input.dtype == DType::Int32 || input.dtype == DType::Int64) return cast_integers(input, view);
+Tensor cast_to(const TensorInfo& input, const View& view, bool cast, bool mask) {
+  check_possible(input, view, cast, mask);
+  if (is_integer(input.dtype) && is_integer(view.dtype)) return cast_integers(input, view);
   const std::vector<double> values = as_doubles(view);
-  if (input.dtype == DType::Bool) check_mask(input, values);
+  if (!is_float(input.dtype)) check_mask(input, view, values);
   Tensor made(input.dtype, view.shape);
   auto* at = static_cast<unsigned char*>(made.data());
   for (std::size_t i = 0; i < values.size(); ++i) store(values[i], input.dtype, at + i * size_of(input.dtype));

@@ -1,6 +1,7 @@
 #include "contract.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cast.hpp"
 #include "text.hpp"
@@ -22,6 +23,37 @@ void check_bools(const std::string& name, const View& view) {
   throw InputError("input " + name + ": a bool is one byte of 0 or 1, and here is one of " + std::to_string(*bad) + "; write 1 where it is true");
 }
 
+/// A view of one number along some axes, over the whole shape.
+Tensor spread(const TensorInfo& input, const View& view, const Shape& shape) {
+  if (view.memory != Memory::Cpu) {
+    throw InputError("input " + input.name + " is " + text::shown(view.shape) + " on the GPU, and needs " + text::shown(shape) + "; expand it there");
+  }
+  Tensor made(view.dtype, shape);
+  const std::size_t each = size_of(view.dtype);
+  for (std::size_t i = 0; i < made.count(); ++i) {
+    std::size_t rest = i, from = 0, stride = 1;
+    for (std::size_t axis = shape.size(); axis-- > 0;) {
+      const auto size = static_cast<std::size_t>(shape[axis]), own = static_cast<std::size_t>(view.shape[axis]);
+      from += own == 1 ? 0 : rest % size * stride;
+      rest /= size;
+      stride *= own;
+    }
+    std::memcpy(static_cast<char*>(made.data()) + i * each, static_cast<const char*>(view.data) + from * each, each);
+  }
+  return made;
+}
+
+/// How a bare layer is exported so that it has what this model has not.
+std::string how(const std::string& name, const std::vector<std::string>& names) {
+  static const std::map<std::string, std::string> by_export = {{"mask", "without --no-mask"},
+                                                               {"context_mask", "with --context-mask"},
+                                                               {"rel_pos_bias", "with --rel-pos-bias"},
+                                                               {"return_attn", "with --attention-maps"}};
+  const auto found = by_export.find(name);
+  if (found == by_export.end() || names.size() < 2 || names[0] != "x" || names[1] != "context") return "";
+  return "; a bare layer has " + name + " where it is exported " + found->second;
+}
+
 }  // namespace
 
 /// The sizes seen so far, and which input each came from.
@@ -32,6 +64,12 @@ struct Contract::Known {
 
 Contract::Contract(Signature signature, std::vector<Dims> profiles) : signature_(std::move(signature)), profiles_(std::move(profiles)) {
   for (const TensorInfo& input : signature_.inputs) names_.push_back(input.name);
+  masks_last_ = signature_.inputs;
+  std::stable_partition(masks_last_.begin(), masks_last_.end(), [&](const TensorInfo& input) { return !is_mask(input.name); });
+}
+
+bool Contract::is_mask(const std::string& name) const {
+  return std::any_of(signature_.masks.begin(), signature_.masks.end(), [&](const auto& mask) { return mask.second == name; });
 }
 
 Ready Contract::check(const Inputs& given, bool cast) const {
@@ -39,7 +77,7 @@ Ready Contract::check(const Inputs& given, bool cast) const {
   Ready ready;
   const auto& inputs = signature_.inputs;
   ready.views.resize(inputs.size());
-  ready.owned.reserve(inputs.size());
+  ready.owned.reserve(2 * inputs.size());  // views point into it: what was cast, and then spread
   ready.sizes = sizes_of(given);  // of all, before anything is made of any
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const TensorInfo& input = inputs[i];
@@ -47,8 +85,11 @@ Ready Contract::check(const Inputs& given, bool cast) const {
     if (view) check_pointer(input.name, *view);  // after the sizes: what is empty may be null, and is refused for its size
     if (!view) ready.views[i] = ready.owned.emplace_back(filled(input.dtype, shape_at(input.axes, ready.sizes), *input.fill));
     else if (view->dtype == input.dtype) ready.views[i] = *view;
-    else ready.views[i] = ready.owned.emplace_back(cast_to(input, *view, cast));
+    else ready.views[i] = ready.owned.emplace_back(cast_to(input, *view, cast, is_mask(input.name)));
     if (view) check_bools(input.name, ready.views[i]);
+    if (!view || !is_mask(input.name)) continue;
+    const Shape shape = shape_at(input.axes, ready.sizes);
+    if (view->shape != shape) ready.views[i] = ready.owned.emplace_back(spread(input, ready.views[i], shape));
   }
   return ready;
 }
@@ -62,7 +103,7 @@ void Contract::check(const Sizes& sizes) const {
 /// Checked against everything that is known of them.
 Sizes Contract::sizes_of(const Inputs& given) const {
   Known known;
-  for (const TensorInfo& input : signature_.inputs) {
+  for (const TensorInfo& input : masks_last_) {
     const View* view = find(given, input.name);
     if (view) check_shape(input, view->shape, known);
     else if (!input.fill) throw InputError("input " + input.name + " is missing; the model takes " + text::join(names_));
@@ -95,7 +136,7 @@ const View* Contract::find(const Inputs& given, const std::string& name) const {
 void Contract::check_names(const Inputs& given) const {
   for (const auto& [name, view] : given) {
     if (!has(name)) {
-      throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_));
+      throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_) + how(name, names_));
     }
     if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
   }
@@ -118,7 +159,7 @@ void Contract::check_size(const TensorInfo& input, std::size_t index, std::int64
   const auto& axis = std::get<std::string>(input.axes[index]);
   const auto found = known.sizes.find(axis);
   if (found != known.sizes.end()) {
-    if (found->second == size) return;
+    if (found->second == size || (size == 1 && is_mask(input.name))) return;
     throw InputError(where + " (" + axis + ")" + is + ", but " + known.from[axis] + " has " + std::to_string(found->second) + "; they must agree");
   }
   const DimRange& allowed = signature_.dims.at(axis);

@@ -22,6 +22,7 @@ class Contract {
   explicit Contract(Signature signature, std::vector<Dims> profiles = {});
 
   /// Throws InputError, naming the input, the axis, what it got, what is allowed and the way out.
+  /// A mask is spread as the layer does it: [1, N] over the batch, [B, 1] over the length.
   Ready check(const Inputs& given, bool cast) const;
 
   /// The same for a request of these sizes that is yet to be made.
@@ -29,6 +30,7 @@ class Contract {
 
  private:
   struct Known;
+  bool is_mask(const std::string& name) const;
   const View* find(const Inputs& given, const std::string& name) const;
   void check_names(const Inputs& given) const;
   Sizes sizes_of(const Inputs& given) const;
@@ -40,6 +42,7 @@ class Contract {
 
   Signature signature_;
   std::vector<std::string> names_;
+  std::vector<TensorInfo> masks_last_;          // one of one entry or one length is spread over the sizes that the others have
   std::vector<Dims> profiles_;
 };
 

@@ -95,7 +95,10 @@ TEST_P(ContractTable, TakesOrRefusesInTheTablesWords) {
   const bca::Ready ready = check();
   const auto tensors = model(given["model"]).inputs;
   ASSERT_EQ(ready.views.size(), tensors.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) EXPECT_EQ(ready.views[i].dtype, tensors[i].dtype);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    EXPECT_EQ(ready.views[i].dtype, tensors[i].dtype);
+    EXPECT_EQ(ready.views[i].shape, bca::shape_at(tensors[i].axes, ready.sizes));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, ContractTable, testing::Range<std::size_t>(0, table()["cases"].size()));
@@ -190,6 +193,24 @@ TEST(Cast, OnTheGpuTheCallerConverts) {
     EXPECT_EQ(refused(mask, bca::DType::Int64, cast), "input mask has dtype int64, and needs bool; convert it on the GPU");
     EXPECT_EQ(refused(single, bca::DType::Int32, cast), "input x has dtype int32, and needs float32");
   }
+}
+
+TEST(Contract, AMaskIsSpreadOverWhatTheOthersHave) {
+  const bca::Tensor x(bca::DType::Float32, {2, 3, 24}), context(bca::DType::Float32, {2, 2, 16});
+  const bool by_length[] = {true, false, true}, by_entry[] = {false, true};
+  const bca::Inputs inputs{{"x", x}, {"context", context}, {"mask", {by_length, bca::DType::Bool, {1, 3}}},
+                           {"context_mask", {by_entry, bca::DType::Bool, {2, 1}}}};
+  const bca::Ready ready = contract("masks").check(inputs, false);
+  EXPECT_EQ(bca::as_doubles(ready.views[2]), (std::vector<double>{1, 0, 1, 1, 0, 1}));
+  EXPECT_EQ(bca::as_doubles(ready.views[3]), (std::vector<double>{0, 0, 1, 1}));
+}
+
+TEST(Contract, OnTheGpuTheCallerSpreadsAMask) {
+  const bca::Tensor x(bca::DType::Float32, {2, 3, 24}), context(bca::DType::Float32, {2, 2, 16});
+  const bool anything[1] = {};
+  const bca::Inputs inputs{{"x", x}, {"context", context}, {"mask", {anything, bca::DType::Bool, {1, 3}, bca::Memory::Cuda}}};
+  EXPECT_EQ(message_of<bca::InputError>([&] { contract("masks").check(inputs, false); }),
+            "input mask is [1, 3] on the GPU, and needs [2, 3]; expand it there");
 }
 
 TEST(Cast, AMaskNamesTheFirstThatIsNeitherZeroNorOne) {

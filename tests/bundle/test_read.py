@@ -176,6 +176,18 @@ def test_what_is_not_a_bundle_is_refused(tmp_path: Path, make: Callable[[Path], 
         Bundle.open(tmp_path / "there")
 
 
+def test_a_folder_that_is_no_bundle_gets_advice_that_works(copy: Path) -> None:
+    above = copy.parent
+    with pytest.raises(BundleError, match=rf"manifest\.json; bundles are in it: {copy}$"):
+        Bundle.open(above)
+    with pytest.raises(BundleError, match=rf"models is not a bundle: .*manifest\.json; it is in the bundle {copy}$"):
+        Bundle.open(copy / "models")
+    (above / "work").mkdir()
+    (above / "work" / "notes.txt").write_text("mine")  # into which no bundle is written
+    with pytest.raises(BundleError, match=rf"make one with bca-export --out {above / 'work' / 'model'}$"):
+        Bundle.open(above / "work")
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 no zip"])
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, unpacked: Path, content: bytes) -> None:
     (tmp_path / "model.bca").write_bytes(content)

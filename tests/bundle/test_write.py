@@ -455,6 +455,27 @@ def test_a_link_to_a_bundle_is_refused_or_replaced_cleanly(tmp_path: Path) -> No
     assert (tmp_path / "model/models/model.onnx").read_text() == expected
 
 
+def test_a_link_stands_for_the_bundle_that_it_leads_to_and_stays(tmp_path: Path) -> None:
+    publish(tmp_path / "real", model="old")
+    (tmp_path / "model").symlink_to("real")
+    with pytest.raises(BundleError, match="real already holds a bundle; use --force to replace it"):
+        publish(tmp_path / "model", model="new")
+    publish(tmp_path / "model", force=True, model="new")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "real/models/model.onnx").read_text() == "new"
+
+
+def test_a_link_to_an_empty_directory_stands_for_it_and_one_to_work_is_not_touched(tmp_path: Path) -> None:
+    for name in ("empty", "thesis"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"to-{name}").symlink_to(name)
+    (tmp_path / "thesis/thesis.tex").write_text("years of work")
+    publish(tmp_path / "to-empty", model="new")
+    assert (tmp_path / "empty/models/model.onnx").read_text() == "new"
+    with untouched(tmp_path), pytest.raises(BundleError, match="thesis exists and is not a bundle; it is never touched"):
+        publish(tmp_path / "to-thesis", force=True)
+
+
 @pytest.mark.parametrize("kind", ["empty", "bundle"])
 def test_a_directory_where_an_archive_should_go_is_refused_before_any_work(tmp_path: Path, kind: str) -> None:
     (tmp_path / "model.bca").mkdir()

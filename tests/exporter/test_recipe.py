@@ -108,6 +108,13 @@ def test_flags_override_the_file_key_by_key(recipe_of: Reader) -> None:
     assert recipe.ranges["x_len"] == LAYER_DIMS["x_len"]
 
 
+@pytest.mark.parametrize("given", [(1, 4, 8), [1, 4, 8], {"min": 1, "opt": 4, "max": 8}])
+def test_a_range_is_three_sizes_and_overrides_one_of_the_file(recipe_of: Reader, given: Any) -> None:
+    for text in ("", "[dims]\nx_len = [2, 5, 9]", "[dims]\nx_len = { min = 2, opt = 5, max = 9 }"):
+        assert recipe_of(text, {"dims": {"x_len": given}}).ranges["x_len"] == DimRange(1, 4, 8)
+    assert recipe_of("[dims]\nx_len = [2, 5, 9]", {"dims": {"batch": given}}).ranges["x_len"] == DimRange(2, 5, 9)
+
+
 def test_a_flag_that_was_not_given_overrides_nothing(recipe_of: Reader) -> None:
     flags = {"opset": None, "inputs": {"mask": None, "rel_pos_bias": None}, "dims": {"batch": None}}
     assert recipe_of("opset = 18\n[inputs]\nmask = false", flags) == recipe_of("opset = 18\n[inputs]\nmask = false")
@@ -166,7 +173,9 @@ def test_every_mistake_is_named_at_once(recipe_of: Reader) -> None:
         ("context_len = { min = 0, opt = 0, max = 0 }", r"dims\.context_len: .*min 0, opt 0, max 0: needs 1 <= min"),
         ("x_len = { min = -4, opt = 1, max = 8 }", r"min -4, opt 1, max 8"),
         ("x_len = { min = 1, opt = 1 }", r"dims\.x_len\.max is missing, and dims\.x_len cannot be without it"),
-        ("x_len = 5", r"dims\.x_len: .*got 5"),
+        ("x_len = 5", r"dims\.x_len: give three sizes, min, opt and max, such as \(1, 4, 8\) \(got 5\)"),
+        ("x_len = [1, 8]", r"dims\.x_len: give three sizes, min, opt and max, such as \(1, 4, 8\) \(got \[1, 8\]\)"),
+        ("x_len = [1, 9, 8]", r"dims\.x_len: dimension range min 1, opt 9, max 8: needs"),
         ("x_len = { min = 1, opt = 1.5, max = 2 }", r"dims\.x_len\.opt: .*got 1\.5"),
     ],
 )
@@ -203,7 +212,10 @@ def test_precision_is_a_word_or_a_list(recipe_of: Reader) -> None:
     ("text", "message"),
     [
         ('"fp8"', r"precision\.0: .*'fp32', 'fp16' or 'bf16'.*got 'fp8'"),
-        ('["fp32", "half"]', r"precision\.1: .*got 'half'"),
+        ('["fp32", "half"]', r"precision\.1: .*\(did you mean 'fp16'\?\) \(got 'half'\)"),
+        ('"float16"', r"precision\.0: .*\(did you mean 'fp16'\?\) \(got 'float16'\)"),
+        ('"bfloat16"', r"precision\.0: .*\(did you mean 'bf16'\?\) \(got 'bfloat16'\)"),
+        ('"float32"', r"precision\.0: .*\(did you mean 'fp32'\?\) \(got 'float32'\)"),
         ("[]", r"precision: .*at least 1"),
         ("16", r"precision: .*got 16"),
     ],

@@ -40,6 +40,8 @@ def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any])
     if case["error"] is None:
         ready = contract.check(contract.bind((), given), case.get("cast", False))
         assert {name: value.dtype.name for name, value in ready.items()} == {t.name: t.dtype for t in wanted.inputs}
+        sizes = wanted.sizes(ready)
+        assert {name: value.shape for name, value in ready.items()} == {t.name: t.shape(sizes) for t in wanted.inputs}
         return
     with pytest.raises(InputError) as error:
         contract.check(contract.bind((), given), case.get("cast", False))

@@ -69,6 +69,36 @@ def test_masks_left_out_are_all_true(session: Session) -> None:
     assert_same(session(**inputs), session(**full))
 
 
+@pytest.mark.parametrize("kind", [bool, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("shapes", [((1, 1), (1, 1)), ((1, 5), (3, 1)), ((3, 1), (1, 4)), ((3, 5), (1, 4))], ids=str)
+def test_masks_are_spread_as_the_layer_spreads_them(
+    session: Session, layer: torch.nn.Module, shapes: tuple[tuple[int, int], ...], kind: Any
+) -> None:
+    inputs = make(3, 5, 4, masked=False)
+    for name, shape in zip(("mask", "context_mask"), shapes, strict=True):
+        inputs[name] = np.arange(shape[0] * shape[1]).reshape(shape) % 3 != 1
+    with torch.no_grad():
+        double = {n: torch.from_numpy(a) if a.dtype == bool else torch.from_numpy(a).double() for n, a in inputs.items()}
+        wanted = [output.numpy() for output in layer(**double)]
+    given_ = {n: a.astype(kind) if a.dtype == bool else a for n, a in inputs.items()}
+    for _ in range(2):  # shapes that were taken once are not taken for whole ones
+        for found, true in zip(session(**given_, cast=True), wanted, strict=True):
+            np.testing.assert_allclose(found, true, atol=1e-5)
+    assert_same(session.run_many([tuple(inputs.values())] * 2)[1], session(**inputs))
+
+
+def test_what_this_export_lacks_is_told_with_the_option_that_adds_it(session: Session) -> None:
+    inputs = make(1, 2, 2)
+    bias = np.zeros((3, 2, 2), np.float32)
+    for call in (lambda: session(**inputs, rel_pos_bias=bias), lambda: session(*inputs.values(), bias)):
+        with pytest.raises(InputError, match=r"; a bare layer has rel_pos_bias where it is exported with --rel-pos-bias$"):
+            call()
+    with pytest.raises(InputError, match=r"'return_attn'; .* where it is exported with --attention-maps$"):
+        session(**inputs, return_attn=True)
+    with pytest.raises(InputError, match=r"; a bare layer gives maps where it is exported with --attention-maps$"):
+        session.run_into(inputs, {name: np.empty((1, 2, 24), np.float32) for name in ("out", "attn")})
+
+
 def test_torch_in_torch_out_and_numpy_in_numpy_out(session: Session) -> None:
     inputs = make(2, 5, 3)
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
