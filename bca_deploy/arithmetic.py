@@ -24,8 +24,8 @@ _CALLS: dict[str, Callable[..., int]] = {"min": min, "max": max}
 _TOKENS = re.compile(r"(?: |//|[-+*%(]|\)(?! *\()|,(?! *\))|(?:0|[1-9][0-9]*+)(?!\w)|[^\W\d]\w*+)*+")
 #: It bounds how deep an expression nests, too.
 _LONGEST_BYTES = 400
-#: C++ counts in int64.
-_LIMIT = 2**63
+#: Sizes are below it: C++ counts in int64.
+LIMIT = 2**63
 
 
 def names_in(expression: str) -> frozenset[str]:
@@ -84,7 +84,7 @@ def _check(node: ast.expr) -> None:
     for part in ast.walk(node):
         allowed = (
             isinstance(part, ast.Name | ast.expr_context)
-            or (isinstance(part, ast.Constant) and type(part.value) is int and part.value < _LIMIT)
+            or (isinstance(part, ast.Constant) and type(part.value) is int and part.value < LIMIT)
             or (isinstance(part, ast.BinOp) and type(part.op) in _BINARY)
             or (isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub))
             or isinstance(part, ast.operator | ast.unaryop)
@@ -113,6 +113,6 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
 
 
 def _held(value: int) -> int:
-    if not -_LIMIT <= value < _LIMIT:
+    if not -LIMIT <= value < LIMIT:
         raise OverflowError
     return value

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from bca_deploy.arithmetic import names_in, value_of
+from bca_deploy.arithmetic import LIMIT, names_in, value_of
 from bca_deploy.errors import InputError
 
 #: A fixed size, the name of a dimension, or of an output what follows from dimensions (arithmetic.py).
 Axis = str | int
 DType = Literal["float32", "float16", "bfloat16", "bool", "int32", "int64"]
+
+#: Of a name, in bytes: errors, logs and labels hold it.
+_LONGEST_NAME = 255
 
 # Read by pydantic where these classes stand in a recipe or a manifest: an unknown key is an error.
 _STRICT = {"extra": "forbid"}
@@ -25,7 +28,7 @@ class DimRange:
     """The sizes that one named dimension may take: the smallest, the one to tune for, the largest.
 
     Raises:
-        InputError: unless ``1 <= min <= opt <= max``.
+        InputError: unless ``1 <= min <= opt <= max < 2**63``.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -37,6 +40,8 @@ class DimRange:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise InputError(f"dimension range min {self.min}, opt {self.opt}, max {self.max}: needs 1 <= min <= opt <= max")
+        if self.max >= LIMIT:
+            raise InputError(f"dimension range max {self.max} is more than 64 bits hold; at most {LIMIT - 1}")
 
     def clip(self, size: int) -> int:
         """Return the size in this range that is nearest to ``size``."""
@@ -120,6 +125,9 @@ class Tensor:
         axes: a number is a fixed size, a string one of the named dimensions, or of an output what follows from them, such as
             ``height * width``.
         fill: of an input that may be left out, the value that stands everywhere in it then; none where it must be given.
+
+    Raises:
+        InputError: a fixed size below 1, or of more than 64 bits.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -128,6 +136,10 @@ class Tensor:
     dtype: DType
     axes: tuple[Axis, ...]
     fill: bool | int | float | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := [axis for axis in self.axes if isinstance(axis, int) and not 1 <= axis < LIMIT]:
+            raise InputError(f"tensor {self.name} has an axis of {wrong[0]}; a fixed size is at least 1, in 64 bits")
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return its shape where each named dimension has its size."""
@@ -139,6 +151,12 @@ class Tensor:
     def is_float(self) -> bool:
         """Whether it holds floating-point numbers."""
         return "float" in self.dtype
+
+
+def _check_length(name: str) -> None:
+    size = len(name.encode(errors="surrogatepass"))
+    if size > _LONGEST_NAME:
+        raise InputError(f"signature: the name {name[:40]}... has {size} bytes; at most {_LONGEST_NAME}")
 
 
 @dataclass(frozen=True)
@@ -154,7 +172,8 @@ class Signature:
             at padding.
 
     Raises:
-        InputError: two tensors of one name, a dimension that no input which must be given has, or a mask that is none.
+        InputError: two tensors of one name, a name of more than 255 bytes, a dimension that no input which must be given has, or
+            a mask that is none.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -169,10 +188,12 @@ class Signature:
         names = [tensor.name for tensor in (*self.inputs, *self.outputs)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"signature: {twice[0]} is the name of two tensors; give each its own")
+        for name in (*names, *self.dims):
+            _check_length(name)
         known = {axis for tensor in self.inputs if tensor.fill is None for axis in tensor.axes if isinstance(axis, str)}
         used = {axis for tensor in self.inputs for axis in tensor.axes if isinstance(axis, str)}
         used |= {name for tensor in self.outputs for axis in tensor.axes for name in self.dims_of(axis)}
-        for name in sorted({*used, *self.dims, *([self.batch] if self.batch else [])}):
+        for name in sorted({*used, *self.dims, *([] if self.batch is None else [self.batch])}):
             if name not in known or name not in self.dims:
                 raise InputError(f"signature: dimension {name} needs a range, and an input that has it and must be given")
         for dim, name in self.masks.items():

@@ -5,8 +5,12 @@
 //
 // A request waits for one of `concurrency` places, at most its own deadline and the server's time limit; a full queue is told
 // so at once. After SIGTERM or SIGINT the server is not ready and lets those at work end, for `grace-ms` at most; meanwhile, and
-// for half a second more, it answers new ones with UNAVAILABLE.
+// for half a second more, it answers new ones with UNAVAILABLE. It has gRPC's own health service, for probes of Kubernetes, and
+// reflection, for grpcurl.
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/support/server_interceptor.h>
 
 #include <algorithm>
 #include <atomic>
@@ -31,10 +35,38 @@ using grpc::StatusCode;
 
 constexpr const char* kVersion = "1";  // of the model: a bundle has no other
 constexpr int kMost = 1'000'000'000, kMostMegabytes = 2047;  // a message's size is an int to gRPC
+constexpr std::size_t kLongestText = 1000;  // of a refusal, in bytes: it repeats what the client sent, and clients take 8 kB of headers
 
 struct Settings {
   std::string bundle, name = "model", address = "127.0.0.1:8001";
   int max_message_mb = 64, concurrency = 2, queue = 64, time_limit_ms = 10'000, grace_ms = 10'000, threads = 0;
+};
+
+/// A refusal; its text is cut where the client's own words make it long.
+Status refusal(StatusCode code, std::string text) {
+  if (text.size() <= kLongestText) return {code, text};
+  std::size_t end = kLongestText;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;  // not inside a character
+  return {code, text.substr(0, end) + "..."};
+}
+
+/// gRPC refuses a message that cannot be read by itself, as an error of the server and without a word.
+class UnreadableMessages final : public grpc::experimental::Interceptor {
+ public:
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(grpc::experimental::InterceptionHookPoints::PRE_SEND_STATUS)) {
+      const Status status = methods->GetSendStatus();
+      if (status.error_code() == StatusCode::INTERNAL && status.error_message().empty()) {
+        methods->ModifySendStatus({StatusCode::INVALID_ARGUMENT, "the message cannot be read as what this call takes; send what inference.proto says"});
+      }
+    }
+    methods->Proceed();
+  }
+};
+
+class UnreadableMessagesFactory final : public grpc::experimental::ServerInterceptorFactoryInterface {
+ public:
+  grpc::experimental::Interceptor* CreateServerInterceptor(grpc::experimental::ServerRpcInfo*) override { return new UnreadableMessages; }
 };
 
 /// A bounded number of requests at work, and a bounded number waiting.
@@ -155,8 +187,8 @@ class Service final : public inference::GRPCInferenceService::Service {
     return Status::OK;
   }
   Status ModelReady(grpc::ServerContext*, const inference::ModelReadyRequest* request, inference::ModelReadyResponse* response) override {
-    response->set_ready(ready_ && check_model(request->name(), request->version()).ok());
-    return Status::OK;
+    response->set_ready(ready_);
+    return check_model(request->name(), request->version());
   }
   Status ServerMetadata(grpc::ServerContext*, const inference::ServerMetadataRequest*, inference::ServerMetadataResponse* response) override {
     response->set_name("bca grpc_server");
@@ -183,9 +215,9 @@ class Service final : public inference::GRPCInferenceService::Service {
 
  private:
   Status check_model(const std::string& name, const std::string& version) const {
-    if (name != settings_.name) return {StatusCode::NOT_FOUND, "there is no model '" + name + "' here; there is " + settings_.name};
+    if (name != settings_.name) return refusal(StatusCode::NOT_FOUND, "there is no model '" + name + "' here; there is " + settings_.name);
     if (version.empty() || version == kVersion) return Status::OK;
-    return {StatusCode::NOT_FOUND, "there is no version '" + version + "' of " + name + " here; there is " + kVersion + ", or leave it out"};
+    return refusal(StatusCode::NOT_FOUND, "there is no version '" + version + "' of " + name + " here; there is " + kVersion + ", or leave it out");
   }
 
   static void describe(const bca::TensorInfo& tensor, inference::ModelMetadataResponse::TensorMetadata* described) {
@@ -207,9 +239,9 @@ class Service final : public inference::GRPCInferenceService::Service {
       for (const std::string& name : names) write(name, outputs.at(name), response);
       return Status::OK;
     } catch (const bca::InputError& error) {
-      return {StatusCode::INVALID_ARGUMENT, error.what()};
+      return refusal(StatusCode::INVALID_ARGUMENT, error.what());
     } catch (const std::exception& error) {
-      return {StatusCode::INTERNAL, error.what()};
+      return refusal(StatusCode::INTERNAL, error.what());
     }
   }
 
@@ -289,7 +321,12 @@ int serve(const Settings& settings) {
 
   Service service(open_ready(settings), settings);
   int port = 0;
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
+  std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
+  interceptors.push_back(std::make_unique<UnreadableMessagesFactory>());
+  builder.experimental().SetInterceptorCreators(std::move(interceptors));
   builder.AddListeningPort(settings.address, grpc::InsecureServerCredentials(), &port);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
   builder.SetMaxReceiveMessageSize(settings.max_message_mb << 20);
@@ -297,11 +334,13 @@ int serve(const Settings& settings) {
   builder.RegisterService(&service);
   const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (!server) throw bca::Error(settings.address + " cannot be listened on; choose another --address");
+  server->GetHealthCheckService()->SetServingStatus(inference::GRPCInferenceService::service_full_name(), true);  // "" is of the server
   std::cout << "listening on port " << port << ", model " << settings.name << std::endl;
 
   int signal = 0;
   sigwait(&stops, &signal);
   const auto end = Clock::now() + std::chrono::milliseconds(settings.grace_ms);
+  server->GetHealthCheckService()->SetServingStatus(false);
   service.stop(end);
   std::this_thread::sleep_for(std::chrono::milliseconds(500));  // gRPC would drop what comes during its shutdown
   server->Shutdown(end);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "engines.hpp"
+#include "enums.hpp"
 #include "text.hpp"
 
 #ifdef BCA_ONNXRUNTIME
@@ -108,20 +109,12 @@ std::unique_ptr<Runner> open_runner(Backend backend, const Bundle& bundle, const
 
 std::string shown(const Runner& runner) { return std::string(name_of(runner.info.backend)) + ": " + runner.info.what; }
 
-template <typename Enum, std::size_t N>
-Enum find_name(const char* what, const std::string& name, const char* const (&names)[N]) {
-  std::vector<std::string> known(names, names + N);
-  const auto at = std::find(known.begin(), known.end(), name);
-  if (at != known.end()) return static_cast<Enum>(at - known.begin());
-  throw InputError(std::string(what) + " " + text::quoted(name) + " is not known" + text::nearest(name, known) + "; allowed: " + text::join(known));
-}
-
 }  // namespace
 
-const char* name_of(Backend backend) { return kNames[static_cast<int>(backend)]; }
-const char* name_of(Precision precision) { return kPrecisions[static_cast<int>(precision)]; }
-Backend backend_of(const std::string& name) { return find_name<Backend>("backend", name, kNames); }
-Precision precision_of(const std::string& name) { return find_name<Precision>("precision", name, kPrecisions); }
+const char* name_of(Backend backend) { return enums::name("backend", backend, kNames); }
+const char* name_of(Precision precision) { return enums::name("precision", precision, kPrecisions); }
+Backend backend_of(const std::string& name) { return enums::named<Backend>("backend", name, kNames); }
+Precision precision_of(const std::string& name) { return enums::named<Precision>("precision", name, kPrecisions); }
 
 std::pair<std::unique_ptr<Runner>, Explanation> choose(const Bundle& bundle, const Options& options) {
   if (options.backend != Backend::Auto) {

@@ -1,5 +1,7 @@
 #include "bundle.hpp"
 
+#include <algorithm>
+
 #include "bytes.hpp"
 #include "sha256.hpp"
 #include "text.hpp"
@@ -9,16 +11,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
-Manifest read_manifest_file(const fs::path& directory) {
-  const fs::path file = directory / "manifest.json";
-  if (!fs::is_regular_file(file)) {
-    throw BundleError(directory.string() + " is not a bundle: it has no manifest.json; make one with bca-export --out " + directory.string());
-  }
-  try {
-    return parse_manifest(bytes::read(file), directory.string(), file.string());
-  } catch (const InputError& error) {  // the file's permissions
-    throw BundleError(error.what());
-  }
+// Bytes of one part of a path, and of all of it, beyond which no file system has it.
+constexpr std::size_t kLongestName = 255, kLongestPath = 4096;
+
+/// A name as errors show it: of a long one the beginning, and how long it is.
+std::string shortened(const std::string& name) {
+  return name.size() <= kLongestName ? name : name.substr(0, 40) + "... (" + std::to_string(name.size()) + " characters)";
 }
 
 bool is_inside(const fs::path& file, const fs::path& directory) {
@@ -32,19 +30,51 @@ bool is_inside(const fs::path& file, const fs::path& directory) {
 }
 
 fs::path safe_path(const fs::path& directory, const std::string& name) {
-  bool named = false, climbs = false;
+  bool named = false, climbs = false, fits = name.size() <= kLongestPath;
   for (const fs::path& part : fs::path(name)) {
+    fits &= part.native().size() <= kLongestName;
     named |= !part.empty() && part != ".";
     climbs |= part == "..";
   }
+  if (!fits) throw BundleError("no system has a file named " + shortened(name) + "; do not use this bundle");
   if (!named || climbs || name[0] == '/' || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos) {
     throw BundleError("unsafe path " + text::quoted(name) +
                       ": files of a bundle are named relative to it, without '..'; do not use this bundle");
   }
   if (!is_inside(directory / name, directory)) {
-    throw BundleError("unsafe path " + text::quoted(name) + ": it is a link that leads out of the bundle; do not use this bundle");
+    throw BundleError("unsafe path " + text::quoted(name) + ": it is a link that leads out of the bundle; do not use this bundle, or if you know " +
+                      "where its links lead, copy it with the files in their places: cp -rL");
   }
   return directory / name;
+}
+
+/// What to do about a folder that is no bundle: the bundle may be below it or above it.
+std::string way_to_one(const fs::path& directory) {
+  const fs::path plain = directory.has_filename() ? directory : directory.parent_path();
+  std::vector<std::string> inside;
+  if (fs::is_directory(plain)) {
+    for (const auto& entry : fs::directory_iterator(plain)) {
+      if (fs::is_regular_file(entry.path() / "manifest.json")) inside.push_back(entry.path().string());
+    }
+  }
+  std::sort(inside.begin(), inside.end());
+  if (inside.size() > 8) inside.resize(8);
+  if (!inside.empty()) return "bundles are in it: " + text::join(inside);
+  if (fs::is_regular_file(plain.parent_path() / "manifest.json")) return "it is in the bundle " + plain.parent_path().string();
+  const bool taken = fs::is_directory(plain) && !fs::is_empty(plain);  // --out takes no other folder
+  return "make one with bca-export --out " + (taken ? plain / "model" : plain).string();
+}
+
+Manifest read_manifest_file(const fs::path& directory) {
+  const fs::path file = directory / "manifest.json";
+  if (!fs::is_regular_file(file)) {
+    throw BundleError(directory.string() + " is not a bundle: it has no manifest.json; " + way_to_one(directory));
+  }
+  try {
+    return parse_manifest(bytes::read(safe_path(directory, "manifest.json")), directory.string(), file.string());
+  } catch (const InputError& error) {  // the file's permissions
+    throw BundleError(error.what());
+  }
 }
 
 void check_file(const fs::path& directory, const std::string& name, const FileEntry& entry, Verify verify) {
@@ -75,7 +105,7 @@ fs::path Bundle::path(const std::string& name) const {
   if (manifest.files.count(name)) return directory / name;
   std::vector<std::string> known;
   for (const auto& [file, entry] : manifest.files) known.push_back(file);
-  throw BundleError("the bundle has no " + name + "; it has " + text::join(known));
+  throw BundleError("the bundle has no " + shortened(name) + "; it has " + text::join(known));
 }
 
 Bundle open_bundle(const fs::path& directory, Verify verify) {

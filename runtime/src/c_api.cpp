@@ -1,9 +1,12 @@
 #include "bca/bca.h"
 
+#include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <string>
 
 #include "bca/session.hpp"
+#include "text.hpp"
 
 struct bca_session {
   bca::Session session;
@@ -45,14 +48,20 @@ template <typename Call> bca_status guarded(Call call) noexcept {
   }
 }
 
+constexpr std::size_t kMostBytes = 4096;                              // of a structure; an address, or what was never set, is more
+constexpr std::size_t kLeastTensorBytes = offsetof(bca_tensor, memory);  // what the first callers had, and where none has less
+
 /// What the caller's version of the structure has, and zeros for the rest.
-template <typename T> T known_part(const T* given) {
-  T options{};
-  if (!given) return options;
-  if (given->size < sizeof(std::size_t)) throw bca::InputError("the options' size is not set; set it to sizeof of the structure");
-  std::memcpy(&options, given, given->size < sizeof(T) ? given->size : sizeof(T));
-  return options;
+template <typename T> T known_part(const void* given, std::size_t least, const char* what) {
+  std::size_t size;
+  std::memcpy(&size, given, sizeof size);
+  if (size < least || size > kMostBytes) throw bca::InputError(std::string(what) + " size is not set; set it to sizeof of the structure");
+  T known{};
+  std::memcpy(&known, given, std::min(size, sizeof(T)));
+  return known;
 }
+
+template <typename T> T known_part(const T* given) { return given ? known_part<T>(given, sizeof(std::size_t), "the options'") : T{}; }
 
 std::string text_of(const char* text) { return text ? text : ""; }
 
@@ -61,7 +70,6 @@ bca::Options options_of(const bca_open_options* given) {
   bca::Options options;
   if (from.backend) options.backend = bca::backend_of(from.backend);
   if (from.precision) options.precision = bca::precision_of(from.precision);
-  if (from.verify < BCA_VERIFY_FULL || from.verify > BCA_VERIFY_OFF) throw bca::InputError("verify is " + std::to_string(from.verify) + "; allowed: 0 full, 1 size, 2 off");
   options.verify = static_cast<bca::Verify>(from.verify);
   options.threads = from.threads;
   options.onnxruntime_library = text_of(from.onnxruntime_library);
@@ -81,16 +89,17 @@ bca::RunOptions options_of(const bca_run_options* given) {
 
 void check(const bca_tensor& tensor) {
   if (!tensor.name) throw bca::InputError("a tensor without a name");
-  const bool right = tensor.rank >= 0 && (tensor.shape || tensor.rank == 0) && tensor.dtype >= BCA_FLOAT32 && tensor.dtype <= BCA_UINT64 &&
-                     tensor.memory >= BCA_CPU && tensor.memory <= BCA_CUDA;
-  if (!right) throw bca::InputError(std::string("tensor ") + tensor.name + " has no shape, or a type or memory that bca.h does not know");
+  const bool right = tensor.rank >= 0 && (tensor.shape || tensor.rank == 0);
+  if (!right) throw bca::InputError(std::string("tensor ") + tensor.name + " has no shape");
 }
 
 template <typename Views> Views views_of(const bca_tensor* tensors, std::size_t count) {
   if (count && !tensors) throw bca::InputError("the list of tensors is null");
   Views views;
-  for (std::size_t i = 0; i < count; ++i) {
-    const bca_tensor& t = tensors[i];
+  const auto* at = reinterpret_cast<const unsigned char*>(tensors);
+  for (std::size_t i = 0; i < count; ++i, at += tensors->size) {  // the caller's tensors may be shorter or longer
+    const auto t = known_part<bca_tensor>(at, kLeastTensorBytes, "a tensor's");
+    if (t.size != tensors->size) throw bca::InputError("the tensors of a list differ in size; set each to sizeof of the structure");
     check(t);
     const bca::Shape shape(t.shape, t.shape + t.rank);
     views.emplace_back(t.name, typename Views::value_type::second_type(t.data, static_cast<bca::DType>(t.dtype), shape, static_cast<bca::Memory>(t.memory)));

@@ -45,6 +45,19 @@ std::string name_used_twice(const Signature& signature) {
   return "";
 }
 
+constexpr std::size_t kLongestName = 255;  // bytes: errors hold it
+
+/// A name that is too long, as errors show it; empty where there is none.
+std::string too_long_name(const Signature& signature) {
+  std::vector<std::string> names;
+  for (const auto* tensors : {&signature.inputs, &signature.outputs}) {
+    for (const TensorInfo& tensor : *tensors) names.push_back(tensor.name);
+  }
+  for (const auto& dim : signature.dims) names.push_back(dim.first);
+  const auto found = std::find_if(names.begin(), names.end(), [](const std::string& name) { return name.size() > kLongestName; });
+  return found == names.end() ? "" : found->substr(0, 40) + "... has " + std::to_string(found->size()) + " bytes";
+}
+
 bool can_mask(DType dtype) { return dtype == DType::Bool || dtype == DType::Int32 || dtype == DType::Int64; }
 
 /// What is wrong with a mask of a dimension; empty where it is one.
@@ -70,6 +83,7 @@ const DimRange& Dims::at(const std::string& name) const {
 
 std::string fault_of(const Signature& signature) {
   if (const std::string twice = name_used_twice(signature); !twice.empty()) return twice + " is the name of two tensors; give each its own";
+  if (const std::string name = too_long_name(signature); !name.empty()) return "the name " + name + "; at most " + std::to_string(kLongestName);
   std::set<std::string> known, used;
   add_names(signature.inputs, true, known);
   add_names(signature.inputs, false, used);

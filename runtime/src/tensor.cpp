@@ -4,36 +4,25 @@
 #include <limits>
 #include <new>
 
-#include "text.hpp"
+#include "enums.hpp"
 
 namespace bca {
 namespace {
 
-struct Kind {
-  const char* name;
-  std::size_t bytes;
-};
-
 // In the order of DType.
-constexpr Kind kKinds[] = {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"float64", 8}, {"bool", 1},
-                           {"int8", 1},    {"uint8", 1},   {"int16", 2},    {"uint16", 2},  {"int32", 4},
-                           {"uint32", 4},  {"int64", 8},   {"uint64", 8}};
+constexpr std::size_t kBytes[] = {4, 2, 2, 8, 1, 1, 1, 2, 2, 4, 4, 8, 8};
 constexpr std::align_val_t kAlignment{64};
 
 }  // namespace
 
-const char* name_of(DType dtype) { return kKinds[static_cast<int>(dtype)].name; }
+const char* name_of(DType dtype) { return enums::name("element type", dtype, enums::kTypes); }
 
-std::size_t size_of(DType dtype) { return kKinds[static_cast<int>(dtype)].bytes; }
-
-DType dtype_of(const std::string& name) {
-  std::vector<std::string> known;
-  for (const Kind& kind : kKinds) {
-    if (name == kind.name) return static_cast<DType>(&kind - kKinds);
-    known.emplace_back(kind.name);
-  }
-  throw InputError("element type '" + name + "' is not known" + text::nearest(name, known) + "; allowed: " + text::join(known));
+std::size_t size_of(DType dtype) {
+  name_of(dtype);
+  return kBytes[static_cast<int>(dtype)];
 }
+
+DType dtype_of(const std::string& name) { return enums::named<DType>("element type", name, enums::kTypes); }
 
 std::size_t count_of(const Shape& shape) {
   constexpr std::size_t kLimit = std::numeric_limits<std::size_t>::max() / 16;  // so that bytes do not overflow either

@@ -1,4 +1,6 @@
 // A bundle that is damaged, unsafe or too new does not open, and the message names what and why.
+#include <nlohmann/json.hpp>
+
 #include "bundle.hpp"
 #include "sha256.hpp"
 #include "support.hpp"
@@ -84,6 +86,38 @@ TEST(Bundle, ALinkThatLeadsOutIsRefusedAndOneInsideIsNot) {
   EXPECT_EQ(refused(copy.path), "no error");
 }
 
+TEST(Bundle, AManifestThatIsALinkIsJudgedAsAnyFile) {
+  const BundleCopy copy;
+  support::fs::rename(copy.path / "manifest.json", copy.path.parent_path() / "outside.json");
+  support::fs::create_symlink("../outside.json", copy.path / "manifest.json");
+  EXPECT_HAS(refused(copy.path), "unsafe path 'manifest.json': it is a link that leads out of the bundle; do not use this bundle, or if you know where its links lead, copy it");
+  support::fs::rename(copy.path.parent_path() / "outside.json", copy.path / "models/kept.json");
+  support::fs::remove(copy.path / "manifest.json");
+  support::fs::create_symlink("models/kept.json", copy.path / "manifest.json");
+  EXPECT_EQ(refused(copy.path), "no error");
+}
+
+TEST(Bundle, NamesThatNoSystemHasAreRefusedInOneShortSentence) {
+  const std::string name(5000, 'n'), shown = name.substr(0, 40) + "... (5000 characters)";
+  const auto short_and_with = [](const std::string& got, const std::string& part) {
+    EXPECT_HAS(got, part);
+    EXPECT_LT(got.size(), 400u);
+  };
+  const auto changed = [](const std::string& from, const std::string& to) {
+    const BundleCopy copy;
+    copy.replace(from, to);
+    return refused(copy.path);
+  };
+  short_and_with(changed("\"expect.npz\"", "\"" + name + "\""), "no system has a file named " + shown + "; do not use this bundle");
+  const std::string nested = "\"" + std::string(2100, 'd').replace(1, 2098, std::string(2098, '/')) + "/" + std::string(2100, '/') + "d\"";
+  EXPECT_HAS(changed("\"expect.npz\"", nested), "no system has a file named d////");
+  short_and_with(changed("\"name\": \"x\"", "\"name\": \"" + name + "\""), "the name " + name.substr(0, 40) + "... has 5000 bytes; at most 255");
+  const BundleCopy copy;
+  copy.replace("\"file\": \"models/fp32.onnx\"", "\"file\": \"" + name + "\"");
+  const bca::Bundle bundle = bca::open_bundle(copy.path, Verify::Size);
+  short_and_with(message_of<bca::BundleError>([&] { bundle.path(bundle.manifest.models[0].file); }), "the bundle has no " + shown + "; it has expect.npz, ");
+}
+
 TEST(Bundle, AFileThatTheSystemDoesNotShowIsNamed) {
   for (const std::string name : {"manifest.json", "weights.safetensors"}) {
     const BundleCopy copy;
@@ -95,7 +129,13 @@ TEST(Bundle, AFileThatTheSystemDoesNotShowIsNamed) {
 
 TEST(Bundle, ADirectoryWithoutAManifestAndAnArchiveSayWhatToDo) {
   const BundleCopy copy;
-  EXPECT_HAS(refused(copy.path / "models"), "is not a bundle: it has no manifest.json; make one with bca-export --out");
+  EXPECT_HAS(refused(copy.path / "models"), "is not a bundle: it has no manifest.json; it is in the bundle " + copy.path.string());
+  const support::fs::path above = copy.path.parent_path() / "above";
+  support::fs::create_directories(above / "empty");
+  EXPECT_HAS(refused(above / "empty"), "is not a bundle: it has no manifest.json; make one with bca-export --out " + (above / "empty").string());
+  EXPECT_HAS(refused(above), "make one with bca-export --out " + (above / "model").string());  // --out takes no folder with other files
+  support::fs::copy(copy.path, above / "mine", support::fs::copy_options::recursive);
+  EXPECT_HAS(refused(above), "is not a bundle: it has no manifest.json; bundles are in it: " + (above / "mine").string());
   EXPECT_HAS(refused("/nowhere/at/all"), "is not a bundle");
   const support::fs::path before = support::fs::current_path();
   support::fs::current_path(copy.path);
@@ -120,7 +160,7 @@ TEST(Manifest, AWrongFieldIsNamedWithTheWayToIt) {
       {"\"format\": 1", "\"format\": 0", "field format: Input should be 1"},
       {"\"format\": 1", "\"format\": \"1\"", "field format: Input should be a valid integer"},
       {"\"format\"", "\"fromat\"", "field format: Field required"},
-      {"\"dims\"", "\"dimms\"", "field signature.dims: Field required"},
+      {"\"dims\"", "\"dimms\"", "field signature.dimms: is unknown; allowed: inputs, outputs, dims, batch, masks"},
       {"\"min\": 1", "\"min\": 3", "field signature.dims.batch: needs 1 <= min <= opt <= max"},
       {"\"min\": 1", "\"min\": 0", "field signature.dims.batch.min: Input should be greater than or equal to 1"},
       {"\"min\": 1", "\"min\": 18446744073709551615", "field signature.dims.batch.min: Input should be a valid integer"},
@@ -129,7 +169,7 @@ TEST(Manifest, AWrongFieldIsNamedWithTheWayToIt) {
       {"\"x_len\": \"mask\"", "\"x_len\": \"context_mask\"", "field signature: context_mask cannot mask x_len; a mask is a bool or integer input over ['batch', 'x_len']"},
       {"\"name\": \"out\"", "\"name\": \"x\"", "field signature: x is the name of two tensors; give each its own"},
       {"\"fill\": null", "\"fill\": \"zero\"", "field signature.inputs.0.fill: Input should be a valid number"},
-      {"\"fill\": null", "\"full\": null", "field signature.inputs.0.fill: Field required"},
+      {"\"fill\": null", "\"full\": null", "field signature.inputs.0.full: is unknown; allowed: name, dtype, axes, fill"},
       {"\"runtime\": \"portable\"", "\"runtime\": \"other\"", "field models.0.runtime: Input should be one of portable, onnxruntime-cpu"},
       {"\"precision\": \"fp32\"", "\"precision\": \"fp8\"", "field models.0.precision: Input should be one of fp32, fp16, bf16"},
       {"\"dtype\": \"float32\"", "\"dtype\": \"int8\"", "field signature.inputs.0.dtype: Input should be one of"},
@@ -150,6 +190,28 @@ TEST(Manifest, AWrongFieldIsNamedWithTheWayToIt) {
     copy.replace(change.from, change.to);
     EXPECT_HAS(refused(copy.path), change.message) << change.to;
     EXPECT_HAS(refused(copy.path), (copy.path / "manifest.json").string()) << change.to;
+  }
+}
+
+using json = nlohmann::ordered_json;
+
+/// What the case has in place of what.
+std::pair<std::string, std::string> change_of(const json& table, const json& given) {
+  if (!given.contains("engine")) return {given["from"], given["to"]};
+  json engine = table["engine"];
+  engine.update(given["engine"]);
+  return {"\"engines\": []", "\"engines\": [" + engine.dump() + "]"};
+}
+
+TEST(Manifest, IsTakenOrRefusedAsTheTableOfBothLanguagesSays) {
+  const json table = json::parse(bca::bytes::read(support::kRepository / "tests/bundle_cases.json"));
+  for (const json& given : table["manifest"]) {
+    const BundleCopy copy;
+    const auto [from, to] = change_of(table, given);
+    copy.replace(from, to);
+    const std::string got = refused(copy.path, Verify::Size);
+    if (given["error"].is_null()) EXPECT_EQ(got, "no error") << given["case"];
+    else EXPECT_HAS(got, given["error"].get<std::string>()) << given["case"];
   }
 }
 

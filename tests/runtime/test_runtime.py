@@ -366,9 +366,7 @@ def test_ctypes_runs_a_bundle_through_the_c_interface(library: ctypes.CDLL, open
     assert library.bca_version() == b"0.1.0"
 
 
-def test_tensors_of_a_newer_caller_are_longer_and_run(
-    library: ctypes.CDLL, opened: ctypes.c_void_p, exported: Bundle
-) -> None:
+def test_tensors_of_a_newer_caller_are_longer_and_run(library: ctypes.CDLL, opened: ctypes.c_void_p, exported: Bundle) -> None:
     given = inputs(2, 7, 5)
     outputs = {"out": np.empty((2, 7, 24), np.float32), "context_out": np.empty((2, 5, 16), np.float32)}
     call = (tensors(given, NewerTensor), 4, tensors(outputs, NewerTensor), 2, None)
@@ -429,7 +427,10 @@ def test_the_c_interface_reports_each_kind_of_error(library: ctypes.CDLL, opened
     assert open_error(FIXTURE, onnxruntime_library=b"nowhere.so", backend=b"onnxruntime-cpu")[0] == 4
     assert open_error(FIXTURE, backend=b"cpu")[0] == 1
     assert open_error(FIXTURE, verify=9)[1] == "verify is 9; allowed: 0 full, 1 size, 2 off"
-    assert open_error(FIXTURE, threads=100_000)[1] == "threads is 100000; it must be at least 1 and at most 1024, or 0 for every core"
+    assert (
+        open_error(FIXTURE, threads=100_000)[1]
+        == "threads is 100000; it must be at least 1 and at most 1024, or 0 for every core"
+    )
     assert not session
     assert library.bca_open(None, None, ctypes.byref(session)) == 1
     assert library.bca_run(opened, None, 1, None, 0, None) == 1
@@ -497,11 +498,13 @@ def test_the_readmes_commands_build_and_install_and_its_snippets_compile_and_run
     for name in ("runtime", "examples"):
         (tmp_path / name).symlink_to(native.ROOT / name)
     passed([Path(shutil.which("bca-export", path=native.environment()["PATH"]) or ""), *FIRST], tmp_path)
-    build, tool = snippets("sh")
+    build, server, tool = snippets("sh")
     for command in build.strip().splitlines():  # quicker to compile so; the release build has the default flags
         passed(["bash", "-c", command], tmp_path, CMAKE_GENERATOR="Ninja", CMAKE_BUILD_TYPE="None")
     prefix = tmp_path / "build" / "prefix"
-    consumer(tmp_path, prefix)
+    assert first_program(tmp_path, server).startswith(
+        "2 x 7 x 64\nonnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime "
+    )
     path = f"{prefix / 'bin'}{os.pathsep}{native.environment()['PATH']}"
     for command in tool.strip().splitlines():
         passed(["bash", "-c", command], tmp_path, PATH=path)
@@ -537,15 +540,18 @@ FIRST = (
 )
 
 
-def consumer(where: Path, prefix: Path) -> None:
-    project = where / "consumer"
-    project.mkdir()
-    (project / "CMakeLists.txt").write_text(snippets("cmake")[0])
-    (project / "server.cpp").write_text(snippets("cpp")[0])
-    passed(["cmake", "-G", "Ninja", "-S", project, "-B", project / "build", f"-DCMAKE_PREFIX_PATH={prefix}"])
-    passed(["cmake", "--build", project / "build"])
-    shown = passed([project / "build" / "server"], where)
-    assert shown.startswith("2 x 7 x 64\nonnxruntime-cpu: models/fp32.onnxruntime-cpu.onnx on onnxruntime ")
+def first_program(where: Path, commands: str) -> str:
+    """What the first program prints, made and run as written in a folder with no more than the README says."""
+    for name, text in (("CMakeLists.txt", snippets("cmake")[0]), ("server.cpp", snippets("cpp")[0])):
+        assert f"`server/{name}`" in README
+        (where / "server").mkdir(exist_ok=True)
+        (where / "server" / name).write_text(text)
+    archive = where / "onnxruntime-linux-x64"  # laid out as ONNX Runtime's release archive
+    (archive / "lib").mkdir(parents=True)
+    (archive / "include").symlink_to(native.SDK / "onnxruntime" / "include")
+    (archive / "lib" / "libonnxruntime.so").symlink_to(native.ort_library())
+    alone = {"ORT_ROOT": str(archive), "BCA_ORT_LIBRARY": "", "CMAKE_PREFIX_PATH": "", "CMAKE_GENERATOR": "Ninja"}
+    return [passed(["bash", "-c", command], where, **alone) for command in commands.strip().splitlines()][-1]
 
 
 @pytest.mark.parametrize(

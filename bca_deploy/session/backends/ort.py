@@ -1,5 +1,8 @@
 """onnxruntime as a backend: the CPU, or a GPU through its CUDA and TensorRT providers."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,17 @@ class OrtBackend:
         """Run once."""
         self.run(inputs)
 
+    def trim(self, inputs: Arrays) -> None:
+        """Let go of what onnxruntime's arenas keep of larger calls; it does so at the end of a run that asks for it."""
+        options = onnxruntime().RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        with self._lock:
+            sessions = [] if self.pads else [self._session, self._alone]
+        for session in sessions:
+            if session is not None:
+                with Flushed():
+                    session.run(self._names, inputs, options)
+
     def close(self) -> None:
         """Let go of the sessions; they are freed when the last call is done."""
         with self._lock:
@@ -135,9 +149,25 @@ def _as_text(signature: Signature, which: int) -> str:
     return ",".join(f"{name}:{'x'.join(map(str, sizes[which]))}" for name, sizes in found.items())
 
 
+@contextlib.contextmanager
+def _as_utf8(path: Path) -> Iterator[str]:
+    """Give a path that onnxruntime takes: one that is not UTF-8 by its open directory, as weights may lie beside the model."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{directory}/{path.name}"
+        finally:
+            os.close(directory)
+    else:
+        yield str(path)
+
+
 def _session(ort: Any, path: Path, options: Any, provider: str, settings: dict[str, str]) -> Any:
     try:
-        session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+        with _as_utf8(path) as place:
+            session = ort.InferenceSession(place, options, providers=[(provider, settings)])
     except Exception as error:  # onnxruntime's exceptions share no public base
         raise BundleError(f"onnxruntime does not open {path.name}: {first_line(error)}") from error
     if provider not in session.get_providers():  # it falls back without an error

@@ -59,8 +59,9 @@ typedef struct bca_run_options {
 } bca_run_options;
 
 /* The caller's memory, C-contiguous, borrowed until the call returns; GPU memory with a stream, until that has done the work.
- * Outputs may overlap neither each other nor an input, and GPU memory is aligned to 256 bytes. */
+ * Outputs may overlap neither each other nor an input, and GPU memory is aligned to 256 bytes. Tensors of one list have one size. */
 typedef struct bca_tensor {
+  size_t size;
   const char* name;
   void* data;                       /* inputs are not written to */
   const int64_t* shape;
