@@ -18,6 +18,8 @@ EXPECT_FILE = "expect.npz"
 PARITY_FILE = "parity.json"
 SAMPLES_FILE = "samples.npz"
 MODEL_FILE = "model.json"
+WEIGHTS_MAP_FILE = "weights_map.json"
+TRACES = "traces"
 BUILD_FILE = "build.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -176,6 +178,12 @@ def json_schema() -> dict[str, JsonValue]:
 def precisions(manifest: Manifest) -> tuple[Precision, ...]:
     """Return the precisions that the bundle has portable models of, in the manifest's order."""
     return tuple(model.precision for model in manifest.models if model.runtime == "portable")
+
+
+def cpu_lowering(manifest: Manifest) -> Lowering | None:
+    """Return the form of the graph for onnxruntime on the CPU where measuring chose it, as ``bca-export --tune`` does."""
+    literal = {model.runtime for model in manifest.models if model.lowering == "reference"}
+    return "reference" if literal == {"onnxruntime-cpu"} else None
 
 
 def model_of(manifest: Manifest, precision: Precision) -> ModelEntry:

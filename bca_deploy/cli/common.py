@@ -3,7 +3,9 @@
 import atexit
 import contextlib
 import gc
+import json
 import logging
+import re
 import sys
 import tomllib
 import warnings
@@ -60,7 +62,10 @@ ProfileFlag = Annotated[
 ]
 ModelFlag = Annotated[
     str | None,
-    typer.Option(help="A whole model: pkg.module:factory or file.py:factory. Runs that code, which is yours."),
+    typer.Option(
+        help="A whole model: pkg.module:factory or file.py:factory, which runs that code of yours; or a file.pt2 of "
+        "torch.export.save, which runs none (torch reads it by pickle: only files that you trust)."
+    ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory, or its .bca archive.")]
 PrecisionFlag = Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the model. [default: best]")]
@@ -161,6 +166,12 @@ def read_profile(text: str) -> dict[str, dict[str, int] | None]:
     return {name.strip(): read_range(sizes) for name, _, sizes in parts}
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot be part of URLs and of paths."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise InputError(f"--name {name!r}: give letters, digits, '_', '.' and '-', beginning with a letter or digit")
+
+
 def check_paths(*paths: Path | None, weights: Path | None = None) -> None:
     """Refuse a missing file before the slow imports; weights may be a directory of them."""
     for path in paths:
@@ -168,6 +179,16 @@ def check_paths(*paths: Path | None, weights: Path | None = None) -> None:
             raise InputError(f"{path} does not exist or is not a file; check the path")
     if weights is not None and not weights.exists():
         raise InputError(f"{weights} does not exist or is not a file; check the path")
+
+
+def show_tuned(path: Path) -> None:
+    """Print what a bundle's export measured to choose the form of its graph for the CPU."""
+    from bca_deploy.bundle.manifest import BUILD_FILE
+    from bca_deploy.bundle.read import Bundle
+    from bca_deploy.cli import console
+
+    with Bundle.open(path, check="off") as bundle:
+        console.show_tuned(json.loads((bundle.directory / BUILD_FILE).read_text(encoding="utf-8")).get("tuned"))
 
 
 def show_engines(path: Path) -> None:

@@ -218,6 +218,20 @@ def show_manifest(manifest: Manifest, where: Path) -> None:
     _out.print(files)
 
 
+def show_tuned(tuned: dict[str, Any] | None) -> None:
+    """Print what was measured to choose the form of the graph for the CPU."""
+    if tuned is None:
+        _out.print("tuned: nothing to choose; only a float32 model with a fused layer has two forms on the CPU")
+        return
+    sizes = ", ".join(f"{name} {size}" for name, size in tuned["sizes"].items())
+    low, high = tuned["quartiles"]
+    _out.print(
+        f"tuned on {tuned['threads']} threads at {sizes}: fused {tuned['fused_ms']:.3g} ms, "
+        f"literal {tuned['reference_ms']:.3g} ms, ratio {tuned['ratio']:.2f} (quartiles {low:.2f} to {high:.2f}); "
+        f"the graph for the CPU is {tuned['lowering']}"
+    )
+
+
 def show_engines(entries: tuple["EngineEntry", ...], manifest: Manifest, where: Path) -> None:
     """Print the engines, and of each stale one the reason and the command that rebuilds it."""
     from bca_deploy.engines.usable import installed, rebuild_command, why_stale
@@ -258,9 +272,9 @@ def show_bench(result: "Result", as_json: bool) -> None:
     _out.print(
         f"{machine.cpu or machine.architecture}, {machine.cores} cores, load {machine.load:g}; session on {result.backend}"
     )
-    table = Table("shape", "contender", "precision", "threads", box=SIMPLE)
+    table = Table("shape", "contender", "in", "threads", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("p50 ms", "p99 ms", "pairs/s", "peak MB", "calls MB", "quartiles", "x session"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for m in result.measurements:
         figures = [f"{value:.3g}" for value in (m.p50_ms, m.p99_ms, m.pairs_per_s)]
         figures += [

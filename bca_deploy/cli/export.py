@@ -23,6 +23,7 @@ from bca_deploy.cli.common import (
     read_profile,
     read_range,
     show_engines,
+    show_tuned,
 )
 from bca_deploy.errors import InputError
 
@@ -119,6 +120,7 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave what failed parity as <out>.failed.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure here which form the graph for the CPU takes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
@@ -136,6 +138,7 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             "lowering": lowering,
             "precision": tuple(precision) if precision else None,
             "parity": parity,
+            "tune": tune or None,
             "keep_io_types": keep_io_types,
             "external_data_bytes": external_data_bytes,
             "inputs": {"mask": False if no_mask else None, "context_mask": context_mask, "rel_pos_bias": rel_pos_bias},
@@ -169,6 +172,8 @@ def export_command(  # noqa: PLR0913  (one parameter per option)
             verdicts = pipeline.run(plan, progress, keep_failed)
         console.show_verdicts(verdicts, as_json, plan.out, plan.source.trust)
         console.show_guesses(plan)
+        if plan.recipe.tune and not as_json:
+            show_tuned(plan.out)
         if plan.engine is not None and not as_json:
             show_engines(plan.out)
         if not as_json:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bca_deploy.parity.yardstick import Yardstick
 from bca_deploy.progress import Clock
 from bca_deploy.signature import Dims, Signature
 from bca_deploy.spec import Interface, Lowering, Precision, Runtime, layer_signature
+from bca_deploy.timing.inputs import padded_inputs
 from bca_deploy.tracing.graph import attach, check_precision, trace, write
 
 Arrays = dict[str, NDArray[Any]]
@@ -37,6 +38,7 @@ class LayerSource:
         lowering: the form of the attention, chosen.
         expected: the user's own inputs and outputs, from ``--expect`` or a live module.
         trust: what shows that it is the layer that the user trained.
+        cpu_lowering: the form in the graph for onnxruntime on the CPU, where somebody chose it.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +47,7 @@ class LayerSource:
     lowering: Lowering
     expected: Arrays = field(default_factory=dict)
     trust: Trust = "on-trust"
+    cpu_lowering: Lowering | None = None
     _yardsticks: dict[Precision, Yardstick] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -67,6 +70,23 @@ class LayerSource:
         """None: what nobody gives has documented ranges."""
         return ()
 
+    def lowering_for(self, runtime: Runtime) -> Lowering:
+        """Return the form in the graphs for one runtime."""
+        return self.cpu_lowering or self.lowering if runtime == "onnxruntime-cpu" else self.lowering
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether the literal form could take the fused one's place."""
+        return self.lowering == "fused"
+
+    def on_cpu(self, lowering: Lowering) -> "LayerSource":
+        """Return the same with this form in the graph for onnxruntime on the CPU."""
+        return replace(self, cpu_lowering=lowering)
+
+    def usual_inputs(self) -> Arrays:
+        """Return inputs of the sizes to tune for."""
+        return padded_inputs(self.signature, self.dims.at("opt"))
+
     def check_precision(self, precision: Precision, opset: int) -> None:
         """Refuse a precision that the opset's operators do not take; errors as :func:`check_precision`."""
         check_precision(precision, opset, self.checkpoint.spec)
@@ -74,17 +94,23 @@ class LayerSource:
     def forms(self, precisions: Iterable[Precision]) -> list[tuple[Precision, Runtime]]:
         """Return what to make: a portable model of each precision, then what one runtime alone can run."""
         found: list[tuple[Precision, Runtime]] = [(precision, "portable") for precision in dict.fromkeys(precisions)]
-        fast = [p for p, _ in found if has_cpu_form(self.lowering, p, self.interface)]
+        literal = self.lowering_for("onnxruntime-cpu") != self.lowering
+        fast = [p for p, _ in found if has_cpu_form(self.lowering, p, self.interface) or (literal and p == "fp32")]
         return [*found, *((precision, "onnxruntime-cpu") for precision in fast)]
 
     def make(self, precision: Precision, runtime: Runtime, path: Path, recipe: Recipe, clock: Clock) -> Made:
         """Lower, trace, write and judge one model; errors as :func:`trace`."""
         with clock.stage(f"trace {path.stem}"):
-            maps, masked = self.interface.attention_maps, self.interface.masked
-            lowered = lower(self.checkpoint, self.lowering, precision, recipe.keep_io_types, maps, runtime, masked)
-            model = trace(lowered, self.signature, recipe.opset, self._metadata(precision), runtime)
-            write(model, path, recipe.external_data_bytes)
-        return self._judge(precision, path, len(model.graph), recipe, clock)
+            nodes = self.write(precision, runtime, path, recipe)
+        return self._judge(precision, path, nodes, recipe, clock)
+
+    def write(self, precision: Precision, runtime: Runtime, path: Path, recipe: Recipe) -> int:
+        """Lower, trace and write one model; return the number of its nodes. Errors as :func:`trace`."""
+        maps, masked, lowering = self.interface.attention_maps, self.interface.masked, self.lowering_for(runtime)
+        lowered = lower(self.checkpoint, lowering, precision, recipe.keep_io_types, maps, runtime, masked)
+        model = trace(lowered, self.signature, recipe.opset, self._metadata(precision, lowering), runtime)
+        write(model, path, recipe.external_data_bytes)
+        return len(model.graph)
 
     def refit(self, precision: Precision, runtime: Runtime, path: Path, recipe: Recipe, clock: Clock) -> Made:
         """Put these weights into a written model of the same layer, and judge it; no trace is needed."""
@@ -92,7 +118,8 @@ class LayerSource:
 
         with clock.stage(f"weights {precision}"):
             graph = ir.external_data.load_to_model(ir.load(path))  # nothing may still read from the file to be written
-            attach(graph, graph_state(self.checkpoint, self.lowering, precision, runtime, self.interface.masked))
+            lowering = self.lowering_for(runtime)
+            attach(graph, graph_state(self.checkpoint, lowering, precision, runtime, self.interface.masked))
             write(graph, path, recipe.external_data_bytes)
         return self._judge(precision, path, len(graph.graph), recipe, clock)
 
@@ -111,11 +138,11 @@ class LayerSource:
             self._yardsticks[precision] = Yardstick(self.checkpoint, self.interface, precision)
         return self._yardsticks[precision]
 
-    def _metadata(self, precision: Precision) -> dict[str, str]:
+    def _metadata(self, precision: Precision, lowering: Lowering) -> dict[str, str]:
         return {
             "producer": f"bca-deploy {package_version('bca-deploy')}",
             "layer": json.dumps(asdict(self.checkpoint.spec), sort_keys=True),
-            "lowering": self.lowering,
+            "lowering": lowering,
             "precision": precision,
             "dead_rows": "a row that is masked, or that has no live key, is the mean over all values",
         }

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,7 @@ from bca_deploy.bundle.manifest import (
     ModelEntry,
     ModelLowering,
     ProofEntry,
+    cpu_lowering,
 )
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.trust import Trust
@@ -34,7 +35,7 @@ from bca_deploy.parity.verdict import Verdict
 from bca_deploy.programs.read import ExportedModel
 from bca_deploy.progress import Clock, Progress
 from bca_deploy.signature import DType, Signature, Tensor
-from bca_deploy.spec import Interface, Precision, Runtime
+from bca_deploy.spec import Interface, Lowering, Precision, Runtime
 from bca_deploy.tracing.graph import remove_dead, write
 from bca_deploy.tracing.program import Program
 from bca_deploy.whole.axes import axes_of, ranges_of
@@ -101,8 +102,39 @@ class ModelSource:
     @property
     def lowering(self) -> ModelLowering:
         """The form of the attention in the graphs."""
-        found = {layer.lowering for layer in self.layers}
+        return self.lowering_for("portable")
+
+    def lowering_for(self, runtime: Runtime) -> ModelLowering:
+        """Return the form in the graphs for one runtime."""
+        found = set(self._forms_for(runtime).values())
         return "none" if not found else "mixed" if len(found) > 1 else found.pop()
+
+    def _forms_for(self, runtime: Runtime) -> dict[str, Lowering]:
+        """Return the form of each layer: as for every runtime, but where one was chosen."""
+        uses = self.subject.uses
+        return {f.path: uses[f.path].lowering(f, runtime if uses[f.path].on_cpu else "portable") for f in self.subject.founds}
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether in any layer the literal form could take the fused one's place."""
+        return any(self.subject.uses[found.path].has_choice(found) for found in self.subject.founds)
+
+    def on_cpu(self, lowering: Lowering) -> "ModelSource":
+        """Return the same with this form of every layer that has it, in the graph for onnxruntime on the CPU."""
+        founds, uses = self.subject.founds, dict(self.subject.uses)
+        uses |= {f.path: replace(uses[f.path], on_cpu=lowering) for f in founds if uses[f.path].has_choice(f)}
+        return replace(self, subject=replace(self.subject, uses=uses))
+
+    def usual_inputs(self) -> Arrays:
+        """Return inputs of the sizes to tune for."""
+        return self.subject.draws.inputs(self.signature.dims.at("opt"), "padded", 0, "fp32")
+
+    def write(self, precision: Precision, runtime: Runtime, path: Path, recipe: Recipe) -> int:
+        """Swap, trace and write one model, and judge nothing; return its nodes. Errors as for :meth:`make`."""
+        model = self.subject.graph(precision, runtime, recipe.opset, recipe.keep_io_types)[0]
+        _cut(model, len(self.signature.outputs))
+        write(model, path, recipe.external_data_bytes)
+        return len(model.graph)
 
     def check_precision(self, precision: Precision, opset: int) -> None:
         """Whether the opset takes the precision shows in the trace."""
@@ -130,7 +162,7 @@ class ModelSource:
     def _graph(self, precision: Precision, runtime: Runtime, recipe: Recipe) -> ir.Model:
         first = self._traced.pop(recipe.opset, None) if (precision, runtime) == ("fp32", "portable") else None
         model = first or self.subject.graph(precision, runtime, recipe.opset, recipe.keep_io_types)[0]
-        model.metadata_props.update(self._metadata(precision))
+        model.metadata_props.update(self._metadata(precision, runtime))
         return model
 
     def _yardstick(self, precision: Precision) -> Yardstick:
@@ -138,11 +170,11 @@ class ModelSource:
             self._yardsticks[precision] = Yardstick(self.subject.model, self.subject.founds, precision)
         return self._yardsticks[precision]
 
-    def _metadata(self, precision: Precision) -> dict[str, str]:
+    def _metadata(self, precision: Precision, runtime: Runtime) -> dict[str, str]:
         return {
             "producer": f"bca-deploy {package_version('bca-deploy')}",
             "model": self.name,
-            "layers": json.dumps({layer.path: layer.lowering for layer in self.layers}, sort_keys=True),
+            "layers": json.dumps(self._forms_for(runtime), sort_keys=True),
             "precision": precision,
         }
 
@@ -246,7 +278,9 @@ def read_again(bundle: Bundle, model: nn.Module, progress: Progress) -> tuple[Re
         number, _, argument = name.partition("/")
         samples.setdefault(number, {})[argument] = array
     recipe = recipe_of(bundle)
-    return recipe, read_model(model, list(samples.values()), recipe, progress)
+    source = read_model(model, list(samples.values()), recipe, progress)
+    chosen = cpu_lowering(bundle.manifest)
+    return recipe, source.on_cpu(chosen) if chosen else source
 
 
 def _tries(program: Program) -> tuple[Mapping[str, int], ...]:

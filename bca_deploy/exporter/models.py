@@ -1,8 +1,12 @@
 """Make the models of a bundle, and what goes with them."""
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -14,7 +18,13 @@ from bca_deploy.exporter.source import Made, package_version
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.parity.verdict import Verdict, report, significant
 from bca_deploy.progress import Clock
-from bca_deploy.spec import Precision, Runtime
+from bca_deploy.spec import Lowering, Precision, Runtime
+from bca_deploy.timing.onnx_files import opened, side_by_side
+from bca_deploy.timing.turns import ratios
+
+# The forms to choose from; how often they are compared, for how long each; and what is no difference.
+_CHOICE: tuple[Lowering, ...] = ("fused", "reference")
+_ROUNDS, _TURN_MS, _NOISE = 15, 5.0, 1.03
 
 # Whose versions the manifest keeps.
 _MADE_BY = ("bca-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
@@ -39,6 +49,56 @@ def add_model(plan: Plan, directory: Path, manifest: Manifest, precision: Precis
     reports = json.loads((directory / PARITY_FILE).read_text(encoding="utf-8"))["models"]
     write_json(directory / PARITY_FILE, {"models": [*reports, report(verdict)]})
     return seal(directory, manifest.model_copy(update={"models": models}))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured to choose the form of the graph for the CPU.
+
+    Attributes:
+        lowering: the choice.
+        sizes: of each dimension, those to tune for.
+        threads: that onnxruntime had.
+        fused_ms: median over the rounds; ``reference_ms`` that of the literal form.
+        ratio: how many times as long as the literal form the fused one took, median over the rounds.
+        quartiles: of that ratio.
+    """
+
+    lowering: Lowering
+    sizes: dict[str, int]
+    threads: int
+    fused_ms: float
+    reference_ms: float
+    ratio: float
+    quartiles: tuple[float, float]
+
+
+def tune(plan: Plan, clock: Clock) -> tuple[Plan, Tuned | None]:
+    """Measure here which form the float32 graph for the CPU should take: each at the sizes to tune for, in turn.
+
+    Returns:
+        The plan with the choice, and what was measured; None where there is nothing to choose.
+    """
+    source = plan.source
+    if not source.has_choice or "fp32" not in plan.recipe.precision:
+        return plan, None
+    with clock.stage("tune"), tempfile.TemporaryDirectory(prefix="bca-tune-") as folder:
+        threads = len(os.sched_getaffinity(0))
+        sessions = []
+        for lowering in _CHOICE:
+            candidate, path = source.on_cpu(lowering), Path(folder) / f"{lowering}.onnx"
+            candidate.write(*candidate.forms(["fp32"])[-1], path, plan.recipe)
+            sessions.append(opened(path, threads))
+        times = side_by_side(sessions, source.usual_inputs(), _ROUNDS, _TURN_MS)
+    found = _tuned(times, source.signature.dims.at("opt"), threads)
+    return (replace(plan, source=source.on_cpu("reference")) if found.lowering == "reference" else plan), found
+
+
+def _tuned(times: list[list[float]], sizes: dict[str, int], threads: int) -> Tuned:
+    fused, reference = times
+    low, middle, high = (round(float(q), 3) for q in np.percentile(ratios(fused, reference), (25, 50, 75)))
+    chosen: Lowering = "reference" if middle > _NOISE else "fused"
+    return Tuned(chosen, sizes, threads, round(median(fused), 4), round(median(reference), 4), middle, (low, high))
 
 
 def refuse_failures(verdicts: Iterable[Verdict]) -> None:
@@ -71,7 +131,7 @@ def model_entry(plan: Plan, precision: Precision, runtime: Runtime, path: Path, 
         runtime=runtime,
         opset=recipe.opset,
         precision=precision,
-        lowering=plan.source.lowering,
+        lowering=plan.source.lowering_for(runtime),
         keep_io_types=recipe.keep_io_types,
         nodes=made.nodes,
         external_data=f"models/{data.name}" if data.exists() else None,

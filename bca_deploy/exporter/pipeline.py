@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
         BundleError: another process writes the same bundle.
     """
     clock = Clock(progress)
+    plan, tuned = models.tune(plan, clock) if plan.recipe.tune else (plan, None)
     with staged(plan.out, plan.force) as directory:
         with clock.stage("weights"):
             plan.source.write_files(directory)
@@ -139,7 +140,7 @@ def run(plan: Plan, progress: Progress, keep_failed: bool = False) -> tuple[Verd
             raise (ParityError(f"{error}{_keep_failed(plan, directory)}") if keep_failed else error) from None
         if plan.engine is not None:
             engines.add(directory, manifest, plan.engine, clock)
-        write_build(directory, {"seconds": clock.seconds})
+        write_build(directory, {"seconds": clock.seconds} | ({"tuned": asdict(tuned)} if tuned else {}))
     return tuple(verdict for _, verdict in made)
 
 

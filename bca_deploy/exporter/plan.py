@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from bca_deploy.bundle.manifest import EXPECT_FILE, MODEL_FILE, WEIGHTS_FILE, precisions
+from bca_deploy.bundle.manifest import EXPECT_FILE, MODEL_FILE, WEIGHTS_FILE, cpu_lowering, precisions
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.bundle.trust import Trust
 from bca_deploy.bundle.write import check_target
@@ -161,7 +161,8 @@ def source_of(bundle: Bundle) -> LayerSource:
     expected = user_sample.read(bundle.path(EXPECT_FILE)) if EXPECT_FILE in manifest.files else {}
     interface = manifest.interface or Interface()
     lowering = manifest.layers[0].lowering
-    return LayerSource(checkpoint, interface, manifest.signature.dims, lowering, expected, manifest.trust)
+    chosen = cpu_lowering(manifest)
+    return LayerSource(checkpoint, interface, manifest.signature.dims, lowering, expected, manifest.trust, chosen)
 
 
 def reopen(bundle: Bundle) -> Plan:

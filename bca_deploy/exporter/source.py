@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
@@ -14,7 +14,7 @@ from bca_deploy.exporter.recipe import Recipe
 from bca_deploy.parity.verdict import Verdict
 from bca_deploy.progress import Clock
 from bca_deploy.signature import Signature
-from bca_deploy.spec import Interface, Precision, Runtime
+from bca_deploy.spec import Interface, Lowering, Precision, Runtime
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,22 @@ class Source(Protocol):
     @property
     def lowering(self) -> ModelLowering:
         """The form of the attention in the graphs."""
+
+    def lowering_for(self, runtime: Runtime) -> ModelLowering:
+        """Return the form in the graphs for one runtime."""
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether the graph for the CPU can have another form than it has."""
+
+    def on_cpu(self, lowering: Lowering) -> Self:
+        """Return the same with this form in the graph for onnxruntime on the CPU."""
+
+    def usual_inputs(self) -> dict[str, NDArray[Any]]:
+        """Return inputs of the sizes to tune for."""
+
+    def write(self, precision: Precision, runtime: Runtime, path: Path, recipe: Recipe) -> int:
+        """Trace and write one model, judge nothing, and return the number of its nodes; raises ExportError."""
 
     def check_precision(self, precision: Precision, opset: int) -> None:
         """Refuse a precision that the opset does not take; raises InputError."""

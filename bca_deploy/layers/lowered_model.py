@@ -182,9 +182,11 @@ class _Transformer(nn.Module):
 
 
 def _kind(lowering: Lowering, runtime: Runtime, masked: bool) -> type[Attention]:
+    if lowering == "reference":
+        return ReferenceAttention
     if runtime == "onnxruntime-cpu":
         return MaskedCpuAttention if masked else CpuAttention
-    return ReferenceAttention if lowering == "reference" else FusedAttention
+    return FusedAttention
 
 
 def _build(spec: LayerSpec, kind: type[Attention], dtype: torch.dtype) -> nn.Module:

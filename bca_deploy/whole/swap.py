@@ -140,6 +140,7 @@ class Use:
         biased: whether any call gives it a bias.
         maps: whether its attention maps show in the model's outputs; only the literal form has them.
         lengths: of ``x`` and of ``context``, in the longest of the calls.
+        on_cpu: the form in the graph for onnxruntime on the CPU, where somebody chose it.
     """
 
     calls: int
@@ -147,12 +148,19 @@ class Use:
     biased: bool
     maps: bool
     lengths: tuple[int, int] = field(default=(1, 1), compare=False)
+    on_cpu: Lowering | None = None
 
     def lowering(self, found: Found, runtime: Runtime = "portable") -> Lowering:
         """Return the form that the layer takes in a graph for a runtime."""
         if found.checkpoint.spec.kin.absorbed:
             return absorbed_form(runtime, *self.lengths)
-        return "reference" if self.maps or found.checkpoint.spec.talking_heads else "fused"
+        if self.maps or found.checkpoint.spec.talking_heads:
+            return "reference"
+        return self.on_cpu or "fused" if runtime == "onnxruntime-cpu" else "fused"
+
+    def has_choice(self, found: Found) -> bool:
+        """Whether the literal form could take the fused one's place."""
+        return self.lowering(found) == "fused" and found.checkpoint.spec.kin.name == "seed"
 
     def has_cpu_form(self, found: Found) -> bool:
         """Whether there is a second form for onnxruntime on CPU: fused, without a bias, or of absorbed projections."""
@@ -173,12 +181,13 @@ def swap(model: nn.Module, founds: Sequence[Found], uses: Mapping[str, Use], pre
     copied, taps = copy.deepcopy(model).to(DTYPES[precision]), Taps()
     for found in founds:
         original = copied.get_submodule(found.path)
-        stand_in = StandIn(found, original, _lowered(found, uses[found.path], precision, runtime), taps).eval()
+        stand_in = StandIn(found, original, lowered_form(found, uses[found.path], precision, runtime), taps).eval()
         copied = stand_in if not found.path else _replaced(copied, original, stand_in)
     return Swapped(copied, taps, tuple(found.path for found in founds))
 
 
-def _lowered(found: Found, use: Use, precision: Precision, runtime: Runtime) -> LoweredModel:
+def lowered_form(found: Found, use: Use, precision: Precision, runtime: Runtime) -> LoweredModel:
+    """Return what takes a layer's place in a model of this precision for a runtime, used as ``use`` says."""
     form = runtime if use.has_cpu_form(found) else "portable"
     lowering = use.lowering(found, form)
     return lower(found.checkpoint, lowering, precision, False, use.maps, form, use.masked)
@@ -208,7 +217,7 @@ def _use(model: nn.Module, found: Found, sample: Sample, before: Mapping[str, Te
     for fill in _FILLS:
         seen.clear()
         after = _with_maps_of(fill, model, found, sample, seen)
-        shown = shown or not all(_same(before[name], t) for name, t in after.items())
+        shown = shown or not all(same(before[name], t) for name, t in after.items())
         if not any(call.maps for call in seen):
             break
     row = found.checkpoint.spec.kin
@@ -253,7 +262,8 @@ def _cloned(sample: Sample) -> Sample:
     return {name: tensor.clone() for name, tensor in sample.items()}
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, NaN where the other has it."""
     return (
         one.shape == other.shape
         and torch.equal(one.isnan(), other.isnan())
