@@ -22,8 +22,10 @@ from bca_deploy.layers.isolation import exporter_alone
 from bca_deploy.layers.lowered_model import LoweredModel
 from bca_deploy.signature import Axis, Dims, Signature, Tensor
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, LayerSpec, Precision, Runtime
+from bca_deploy.tracing.operators import forms
 from bca_deploy.tracing.opset import lower_to_17, raise_to
 from bca_deploy.tracing.program import Program, any_length, export_program
+from bca_deploy.tracing.separable import separate
 
 #: The opsets on offer: 17 brought LayerNormalization; 27 is the newest that onnxruntime 1.32 runs.
 OPSETS = range(17, 28)
@@ -127,17 +129,54 @@ def convert(
     Returns:
         The model, and what it was made from.
     """
-    program, exported = _run_exporter(traceable, check_opset(opset))
-    if opset < _EXPORTERS_OPSET:
-        lower_to_17(exported)
-    elif opset > _NEWEST_CONVERTED:
-        raise_to(exported, opset)
-    _name_dimensions(exported, program.symbols)
-    for value, axes in zip(exported.graph.outputs, program.outputs, strict=True):
+    program, traced = trace_module(traceable, opset)
+    return simplify(traced, opset, metadata, runtime), program
+
+
+def trace_module(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
+    """Return what torch.export made of a module, and its graph as torch.onnx writes it.
+
+    The graph computes what the module does, operation by operation, from weights as they are in the module; no value of a
+    weight is in it but as an initializer. Errors as for :func:`convert`.
+    """
+    program, traced = _run_exporter(traceable, check_opset(opset))
+    _name_dimensions(traced, program.symbols)
+    for value, axes in zip(traced.graph.outputs, program.outputs, strict=True):
         value.shape = ir.Shape(axes)
-    _tidy(exported, metadata or {})
-    _check(exported, traceable, opset, _DOMAINS[runtime])
-    return exported, program
+    _check_edges(traced, traceable.axes, traceable.outputs)
+    return program, traced
+
+
+def simplify(
+    traced: ir.Model, opset: int, metadata: Mapping[str, str] | None = None, runtime: Runtime = "portable"
+) -> ir.Model:
+    """Turn a traced graph, in place, into one that is written: constants folded, of its opset, named and checked.
+
+    Args:
+        traced: from :func:`trace_module`.
+        opset: as for :func:`trace`, and that of the trace.
+        metadata: as for :func:`trace`.
+        runtime: as for :func:`trace`.
+
+    Raises:
+        ExportError: a node has no form in the opset, or the edges are no longer what they were.
+    """
+    outputs = {value.name: value.shape for value in traced.graph.outputs}
+    inputs = {str(value.name): _axes(value) for value in traced.graph.inputs}
+    with exporter_alone():
+        from onnxscript.optimizer import optimize_ir  # here: importing it changes the process
+
+        optimize_ir(traced)
+    if opset < _EXPORTERS_OPSET:
+        lower_to_17(traced)
+    elif opset > _NEWEST_CONVERTED:
+        raise_to(traced, opset)
+    for value in traced.graph.outputs:
+        value.shape = outputs.get(value.name)
+    _tidy(traced, metadata or {})
+    _check(traced, opset, _DOMAINS[runtime])
+    _check_edges(traced, inputs, tuple(map(str, outputs)))
+    return traced
 
 
 def attach(model: ir.Model, weights: Mapping[str, torch.Tensor]) -> None:
@@ -197,6 +236,7 @@ def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
     # Caching fake tensors costs a third of the trace here: with symbolic sizes the keys are dearer than the hits.
     with exporter_alone(), any_length(), settings.patch(fake_tensor_cache_enabled=False):
         program = export_program(traceable.module, traceable.inputs, traceable.axes, traceable.dims)
+        separate(program.exported)
         try:
             made = torch.onnx.export(
                 program.exported,
@@ -204,7 +244,8 @@ def _run_exporter(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
                 opset_version=min(max(opset, _EXPORTERS_OPSET), _NEWEST_CONVERTED),
                 input_names=list(traceable.inputs),
                 output_names=list(traceable.outputs),
-                optimize=True,
+                custom_translation_table=forms(),
+                optimize=False,  # simplify() does
                 verbose=False,  # else it prints
             )
         except Exception as error:  # the exporter raises what it likes; the cause is chained
@@ -314,18 +355,21 @@ def _name_initializers(graph: ir.Graph) -> None:
             graph.register_initializer(value)
 
 
-def _check(model: ir.Model, traceable: Traceable, opset: int, domains: set[str]) -> None:
+def _check(model: ir.Model, opset: int, domains: set[str]) -> None:
     found = model.opset_imports.get("")
     if found != opset:
         raise ExportError(f"asked for opset {opset}, but the exporter gave opset {found} without an error; please report this")
     if not set(model.opset_imports) <= domains or model.functions:
         raise ExportError(f"the graph needs more than it may: {sorted(model.opset_imports)}; please report this")
+
+
+def _check_edges(model: ir.Model, inputs: Mapping[str, tuple[Axis, ...]], outputs: tuple[str, ...]) -> None:
     got = {value.name: _axes(value) for value in model.graph.inputs}
-    if got != dict(traceable.axes):
-        raise ExportError(f"the inputs are {got}, wanted {dict(traceable.axes)}; please report this")
+    if got != dict(inputs):
+        raise ExportError(f"the inputs are {got}, wanted {dict(inputs)}; please report this")
     names = tuple(value.name for value in model.graph.outputs)
-    if names != traceable.outputs:
-        raise ExportError(f"the outputs are {names}, wanted {traceable.outputs}; please report this")
+    if names != outputs:
+        raise ExportError(f"the outputs are {names}, wanted {outputs}; please report this")
 
 
 def _check_outputs(model: ir.Model, signature: Signature) -> None:
