@@ -1,13 +1,12 @@
-"""`bca serve` and `bca package`. Heavy imports wait until a command runs."""
+"""`bca serve`. Heavy imports wait until a command runs."""
 
 import logging
-import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from bca_deploy.cli.common import BackendFlag, BundleArgument, PrecisionFlag, VerboseFlag, app, guarded
+from bca_deploy.cli.common import BackendFlag, BundleArgument, PrecisionFlag, VerboseFlag, app, check_name, guarded
 from bca_deploy.errors import InputError
 
 
@@ -28,17 +27,30 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
         int | None,
         typer.Option(help="Largest request. [default: what the bundle's largest shapes need]", min=1),
     ] = None,
+    max_in_flight_mib: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests and answers under way; more get 429 or RESOURCE_EXHAUSTED. "
+            "[default: four of the largest requests, at least 64]",
+            min=1,
+        ),
+    ] = None,
+    max_connections_per_peer: Annotated[
+        int | None,
+        typer.Option(help="REST connections from one address; behind an ingress all have one. [default: no limit]", min=1),
+    ] = None,
     deadline_s: Annotated[float, typer.Option(help="Longest that a request may take.", min=0.001)] = 30.0,
     grace_s: Annotated[float, typer.Option(help="Longest that stopping waits for requests under way.", min=0)] = 20.0,
     token_file: Annotated[
         Path | None,
         typer.Option(help="File with the bearer token to ask for. [default: the variable BCA_TOKEN, or none]"),
     ] = None,
+    require_token: Annotated[bool, typer.Option("--require-token", help="Do not start without a token.")] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM; with --tls-key.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     backend: BackendFlag = "auto",
     precision: PrecisionFlag = None,
-    threads: Annotated[int | None, typer.Option(help="For onnxruntime on CPU. [default: every core]", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="For onnxruntime on CPU. [default: every core]", min=1, max=1024)] = None,
     access_log: Annotated[bool, typer.Option("--access-log/--no-access-log", help="A line for every request.")] = True,
     verbose: VerboseFlag = False,
 ) -> None:
@@ -50,7 +62,7 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
         from bca_deploy.serving.queue import Limits
         from bca_deploy.serving.server import Options, read_token, serve
 
-        _check_name(name)
+        check_name(name)
         _log_to_stderr(access_log)
         options = Options(
             host=host,
@@ -59,18 +71,20 @@ def serve_command(  # noqa: PLR0913  (one parameter per option)
             name=name,
             limits=Limits(max_batch, max_delay_ms, max_queue),
             max_body_bytes=max_body_mib * 2**20 if max_body_mib else None,
+            max_in_flight_bytes=max_in_flight_mib * 2**20 if max_in_flight_mib else None,
+            max_connections_per_peer=max_connections_per_peer,
             deadline_s=deadline_s,
             grace_s=grace_s,
-            token=read_token(token_file),
+            token=_token(read_token(token_file), require_token),
             tls=_pair(tls_cert, tls_key),
         )
         serve(bundle, options, backend, precision=precision, threads=threads)
 
 
-def _check_name(name: str) -> None:
-    """It becomes part of URLs and of paths."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise InputError(f"--name {name!r}: give letters, digits, '_', '.' and '-', beginning with a letter or digit")
+def _token(found: str | None, required: bool) -> str | None:
+    if required and found is None:
+        raise InputError("--require-token, and there is none; set the variable BCA_TOKEN, or give --token-file FILE")
+    return found
 
 
 def _pair(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
@@ -88,70 +102,3 @@ def _log_to_stderr(access_log: bool) -> None:
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(logging.INFO if access_log else logging.CRITICAL)
-
-
-@app.command("package")
-def package_command(  # noqa: PLR0913  (one parameter per option)
-    bundle: BundleArgument,
-    triton: Annotated[Path | None, typer.Option(help="Write a Triton model repository into this directory.")] = None,
-    kserve: Annotated[Path | None, typer.Option(help="Write a KServe InferenceService, YAML.")] = None,
-    docker: Annotated[Path | None, typer.Option(help="Write a Dockerfile for bca serve.")] = None,
-    name: Annotated[str, typer.Option(help="Of the model, or of the service.")] = "bca",
-    runtime: Annotated[
-        Literal["auto", "tensorrt", "onnxruntime"],
-        typer.Option(help="Triton: what runs the engine model; auto takes the bundle's tensorrt engine where it has one."),
-    ] = "auto",
-    tensorrt_version: Annotated[
-        str | None, typer.Option(help="Triton: the server's; an engine it cannot load is refused.")
-    ] = None,
-    max_batch: Annotated[
-        int, typer.Option(help="Triton: rows that the front takes at once; never fewer than the model takes.", min=1)
-    ] = 64,
-    max_delay_ms: Annotated[float, typer.Option(help="Triton: how long the first request waits for more.", min=0)] = 5.0,
-    storage_uri: Annotated[str, typer.Option(help="KServe: where the model repository lies.")] = "pvc://models/bca",
-    image: Annotated[
-        str | None,
-        typer.Option(help="KServe: tag of NVIDIA's Triton image, or an image, as registry/triton:1. [default: 26.08-py3]"),
-    ] = None,
-    gpus: Annotated[int, typer.Option(help="KServe: per replica; 0 for the CPU.", min=0)] = 1,
-    replicas: Annotated[str, typer.Option(help="KServe: fewest and most, as 1:4.")] = "1:4",
-    force: Annotated[bool, typer.Option("--force", help="Replace a file; a model repository is never replaced.")] = False,
-    verbose: VerboseFlag = False,
-) -> None:
-    """Write what other servers need to run a bundle.
-
-    Exit codes: 0 done, 2 bad input.
-    """
-    with guarded(verbose):
-        from bca_deploy.bundle.read import Bundle
-        from bca_deploy.packaging import kubernetes
-        from bca_deploy.packaging.triton_repository import Options, write
-
-        if not (triton or kserve or docker):
-            raise InputError("give --triton DIRECTORY, --kserve FILE or --docker FILE; more than one is fine")
-        _check_name(name)
-        for file in (kserve, docker):
-            _check_free(file, force)
-        with Bundle.open(bundle) as opened:
-            if triton:
-                options = Options(name, runtime, tensorrt_version, max_batch, max_delay_ms)
-                for directory in write(opened, triton, options):
-                    typer.echo(f"model: {directory}")
-        if kserve:
-            tag = kubernetes.TRITON_IMAGE if image is None else image
-            kubernetes.write_kserve(kserve, kubernetes.Options(name, storage_uri, tag, gpus, _replicas(replicas)))
-            typer.echo(f"service: {kserve}; apply it with kubectl apply -f {kserve}")
-        if docker:
-            typer.echo(f"image: {kubernetes.write_docker(docker, bundle.resolve())}")
-
-
-def _check_free(file: Path | None, force: bool) -> None:
-    if file is not None and file.exists() and not force:
-        raise InputError(f"{file} exists; use --force to replace it, or choose another name")
-
-
-def _replicas(text: str) -> tuple[int, int]:
-    fewest, _, most = text.partition(":")
-    if not (fewest.isdecimal() and most.isdecimal()):
-        raise InputError(f"replicas {text!r}: give the fewest and the most, as 1:4")
-    return int(fewest), int(most)

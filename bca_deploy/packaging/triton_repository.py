@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.profiles import shapes
 from bca_deploy.engines.usable import why_stale
 from bca_deploy.errors import EngineError, InputError, check_one_of
+from bca_deploy.packaging.placing import Placing, together
 from bca_deploy.serving.protocol import DATATYPE, described
 from bca_deploy.signature import Dims, Signature, Tensor
 
@@ -62,10 +62,16 @@ class _Engine:
 
 
 def write(bundle: Bundle, root: Path, options: Options) -> list[Path]:
-    """Write the two models into the model repository ``root``, which may hold others.
+    """Write the two models into the model repository ``root``; see :func:`stage`."""
+    with together() as placing:
+        return stage(bundle, root, options, placing)
+
+
+def stage(bundle: Bundle, root: Path, options: Options, placing: Placing) -> list[Path]:
+    """Make the two models for the model repository ``root``, which may hold others.
 
     Returns:
-        Their directories, the front first.
+        Where their directories will be, the front first.
 
     Raises:
         InputError: they are there already, the runtime is not known, or the model's element types cannot pass through
@@ -81,13 +87,8 @@ def write(bundle: Bundle, root: Path, options: Options) -> list[Path]:
             raise InputError(f"{target} exists; remove it, or choose another directory or --name")
     if "bfloat16" in {tensor.dtype for tensor in engine.signature.inputs}:
         raise InputError("Triton's python backend has no bfloat16; export with --keep-io-types, or another precision")
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bca-", dir=root) as staging:
-        made = [Path(staging) / target.name for target in targets]
-        _write_front(made[0], engine, options)
-        _write_engine(made[1], engine)
-        for source, target in zip(made, targets, strict=True):
-            source.rename(target)
+    _write_front(placing.staged(targets[0]), engine, options)
+    _write_engine(placing.staged(targets[1]), f"{options.name}_engine", engine)
     return targets
 
 
@@ -137,9 +138,9 @@ def _capability(name: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
-def _write_engine(directory: Path, engine: _Engine) -> None:
+def _write_engine(directory: Path, model: str, engine: _Engine) -> None:
     pb = _messages()
-    config = pb.ModelConfig(name=directory.name, backend=engine.backend, platform=engine.platform, max_batch_size=0)
+    config = pb.ModelConfig(name=model, backend=engine.backend, platform=engine.platform, max_batch_size=0)
     for tensor in engine.signature.inputs:
         config.input.append(pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)))
     _add_outputs(config, engine.signature.outputs)
@@ -171,7 +172,7 @@ def _warmups(engine: _Engine) -> Iterable[Any]:
 def _write_front(directory: Path, engine: _Engine, options: Options) -> None:
     pb, signature, together = _messages(), engine.signature, _together(engine.signature)
     rows = max(options.max_batch, signature.dims[signature.batch].max if signature.batch else 0)  # Triton refuses more
-    config = pb.ModelConfig(name=directory.name, backend="python", max_batch_size=rows if together else 0)
+    config = pb.ModelConfig(name=options.name, backend="python", max_batch_size=rows if together else 0)
     for tensor in engine.signature.inputs:
         entry = pb.ModelInput(name=tensor.name, data_type=_type(tensor), dims=described(tensor.axes)[together:])
         entry.optional = tensor.fill is not None
@@ -184,7 +185,7 @@ def _write_front(directory: Path, engine: _Engine, options: Options) -> None:
     config.instance_group.append(pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1))
     _save(directory, config)
     _copy_code(directory / "1")
-    facts = _facts(engine, f"{directory.name}_engine")
+    facts = _facts(engine, f"{options.name}_engine")
     (directory / "1" / "front.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,14 @@
 """The InferenceService is one that KServe knows, and the Dockerfile's commands run."""
 
+import errno
+import fnmatch
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,8 @@ def test_kserve_knows_every_field_of_the_service(exported: Bundle, tmp_path: Pat
         "s3://models/fusion",
         "--gpus",
         "2",
+        "--namespace",
+        "models",
         "--replicas",
         "2:8",
     )
@@ -122,7 +128,7 @@ def test_without_a_gpu_none_is_asked_for() -> None:
     assert set(service["spec"]["predictor"]["model"]["resources"]["limits"]) == {"cpu", "memory"}
 
 
-@pytest.mark.parametrize("replicas", ["4:1", "0:2", "3", "a:b"])
+@pytest.mark.parametrize("replicas", ["4:1", "0:2", "3", "a:b", "1:10001", f"1:{2**31}", "٣:٤", "1:-1", "1:4\n"])
 def test_replicas_that_cannot_be_are_refused(exported: Bundle, tmp_path: Path, replicas: str) -> None:
     done = bca("package", exported.directory, "--kserve", tmp_path / "s.yaml", "--replicas", replicas)
     assert done.exit_code == 2
@@ -134,6 +140,67 @@ def test_replicas_that_cannot_be_are_refused(exported: Bundle, tmp_path: Path, r
 def test_a_name_that_kubernetes_does_not_take_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="Kubernetes takes lower-case letters"):
         kubernetes.inference_service(kubernetes.Options(name))
+
+
+def test_a_name_that_makes_too_long_a_host_is_refused_with_how_long_it_may_be() -> None:
+    fits = kubernetes.Options("a" * (63 - len("-predictor-models")), namespace="models")
+    service = kubernetes.inference_service(fits)
+    assert service["metadata"]["namespace"] == "models"
+    assert "namespace" not in kubernetes.inference_service(kubernetes.Options())["metadata"]
+    with pytest.raises(InputError, match=r"has 64 characters, and 63 are allowed; use a --name of at most 46, or a shorter"):
+        kubernetes.inference_service(replace(fits, name=f"{fits.name}a"))
+    with pytest.raises(InputError, match=r"-predictor-default, which has 64 characters"):
+        kubernetes.inference_service(kubernetes.Options("a" * (64 - len("-predictor-default"))))
+    with pytest.raises(InputError, match="namespace 'My': Kubernetes takes lower-case letters"):
+        kubernetes.inference_service(kubernetes.Options(namespace="My"))
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a", "pvc://claim", "gs://b/c%20d", "hf://org/model", "oci://r/a:1"])
+def test_a_storage_uri_that_kserve_reads_is_taken(uri: str) -> None:
+    predictor = kubernetes.inference_service(kubernetes.Options(storage_uri=uri))["spec"]["predictor"]
+    assert predictor["model"]["storageUri"] == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "models", "/mnt/models", "s3:/b", "s3://", "s4://b/c", "s3://b/c d", "pvc:///p", "s3://b\n"]
+)
+def test_a_storage_uri_that_kserve_does_not_read_is_refused(uri: str) -> None:
+    with pytest.raises(
+        InputError, match=r"storage URI .*: give where KServe finds the model repository, such as pvc://CLAIM/PATH"
+    ):
+        kubernetes.inference_service(kubernetes.Options(storage_uri=uri))
+
+
+def test_cores_memory_user_and_metrics_are_as_asked(exported: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    flags = ("--cpu", "500m", "--memory", "12Gi", "--run-as", "65532")
+    assert bca("package", exported.directory, "--kserve", file, *flags).exit_code == 0
+    service = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert unknown_fields(service) == []
+    predictor = service["spec"]["predictor"]
+    assert predictor["model"]["resources"]["limits"] == {"cpu": "500m", "memory": "12Gi", "nvidia.com/gpu": "1"}
+    assert predictor["model"]["securityContext"] == {
+        "runAsUser": 65532,
+        "runAsNonRoot": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    scraped = {"prometheus.io/scrape": "true", "prometheus.io/port": "8002", "prometheus.io/path": "/metrics"}
+    assert predictor["annotations"] == scraped
+    assert service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "Standard"
+    assert bca("package", exported.directory, "--kserve", file, "--force", "--run-as", "0", "--no-scrape").exit_code == 0
+    plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert "securityContext" not in plain["spec"]["predictor"]["model"]
+    assert "prometheus" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flag", "amount"), [("cpu", "0"), ("cpu", "2Gi"), ("cpu", "two"), ("memory", "8GB"), ("memory", "-1")]
+)
+def test_an_amount_that_kubernetes_does_not_take_is_refused(flag: str, amount: str) -> None:
+    with pytest.raises(InputError, match=rf"{flag} '{amount}': give an amount as Kubernetes writes it, above 0, such as"):
+        kubernetes.inference_service(kubernetes.Options(**{flag: amount}))
 
 
 @pytest.mark.parametrize("name", ["../fusion", "a/b", "", ".", "two words", "tür"])
@@ -152,6 +219,11 @@ def test_a_file_is_replaced_only_by_force(exported: Bundle, tmp_path: Path) -> N
     assert (done.exit_code, file.read_text()) == (2, "mine")
     assert "exists; use --force to replace it" in done.output
     assert bca("package", exported.directory, "--kserve", file, "--force").exit_code == 0
+
+
+def environment(token: str | None) -> dict[str, str]:
+    others = {name: value for name, value in os.environ.items() if name != "BCA_TOKEN"}
+    return others | ({"BCA_TOKEN": token} if token else {})
 
 
 def instructions(dockerfile: Path) -> dict[str, str]:
@@ -175,7 +247,11 @@ def test_the_dockerfiles_commands_serve_the_bundle_and_find_it_healthy(exported:
         assert program == "bca"
         health = json.loads(found["HEALTHCHECK"].split(" CMD ", 1)[1])
         health = [sys.executable, *(word.replace("8080", http) for word in health[1:])]
-        with subprocess.Popen([*BCA, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        refused = subprocess.run([*BCA, *arguments], env=environment(None), capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "--require-token, and there is none; set the variable BCA_TOKEN" in refused.stderr
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*BCA, *arguments], env=environment("secret"), **pipes) as server:
             try:
                 until(lambda: subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode == 0)
             finally:
@@ -185,7 +261,99 @@ def test_the_dockerfiles_commands_serve_the_bundle_and_find_it_healthy(exported:
     assert re.fullmatch(r"python:3\.1[1-3]-slim", found["FROM"])
 
 
+#: What Docker makes of a word of COPY after the JSON: a shell's escapes go, and what is left is a pattern.
+def copied(dockerfile: str) -> str:
+    (words,) = re.findall(r"^COPY --chown=bca (.*)$", dockerfile, flags=re.MULTILINE)
+    word = json.loads(words)[0]
+    assert not re.search(r"(?<!\\)[$'\"]", word), "a shell would read on"
+    return re.sub(r"\\(.)", r"\1", word)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain.bca", "two words", "it's", 'a "b"', "$HOME", "${x}", "arr[0]", "a*", "wh?t", "[!a]", "tür"]
+)
+def test_an_odd_name_of_a_bundle_is_copied_and_no_other(name: str) -> None:
+    pattern = copied(kubernetes.dockerfile(Path("/models") / name))
+    assert fnmatch.fnmatchcase(name, pattern)
+    for other in ("arr0", "ab", "what", "b", f"{name}x", "root"):
+        assert not fnmatch.fnmatchcase(other, pattern)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\nRUN true", os.fsdecode(b"caf\xe9")])
+def test_a_name_that_a_dockerfile_cannot_hold_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"a Dockerfile cannot name .*; rename the bundle"):
+        kubernetes.dockerfile(Path("/models") / name)
+
+
+# ---- all or nothing
+
+
+def everything(directory: Path, *flags: str | Path) -> tuple[str | Path, ...]:
+    return (
+        "--triton",
+        directory / "models",
+        "--kserve",
+        directory / "service.yaml",
+        "--docker",
+        directory / "Dockerfile",
+        *flags,
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--replicas", "4:1"),
+        ("--storage-uri", "models"),
+        ("--cpu", "0"),
+        ("--name", "Fusion"),
+        ("--tensorrt-version", "x", "--runtime", "tensorrt"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_at_all(exported: Bundle, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    done = bca("package", exported.directory, *everything(tmp_path / "new" / "place", *flags))
+    assert done.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+    assert done.stdout == ""
+
+
+def test_what_fails_at_the_last_moment_leaves_everything_as_it_was(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("service.yaml", "Dockerfile"):
+        (tmp_path / name).write_text("mine")
+    real = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if Path(target).name == "bca_engine":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    done = bca("package", exported.directory, *everything(tmp_path, "--force"))
+    assert done.exit_code == 2
+    assert "No space left on device" in done.output
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"service.yaml": "mine", "Dockerfile": "mine"}
+
+
+def test_everything_is_written_together_and_nothing_else(exported: Bundle, tmp_path: Path) -> None:
+    done = bca("package", exported.directory, *everything(tmp_path / "new"))
+    assert done.exit_code == 0, done.output
+    assert [line.split(":")[0] for line in done.output.splitlines()] == ["model", "model", "service", "image"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"models", "service.yaml", "Dockerfile"}
+    assert {path.name for path in (tmp_path / "new" / "models").iterdir()} == {"bca", "bca_engine"}
+
+
+def test_two_files_of_one_name_and_a_directory_in_place_of_a_file_are_refused(exported: Bundle, tmp_path: Path) -> None:
+    done = bca("package", exported.directory, "--kserve", tmp_path / "a", "--docker", tmp_path / "a")
+    assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "a is given for two things; give each a place of its own" in done.output
+    done = bca("package", exported.directory, "--kserve", tmp_path, "--force")
+    assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "is a directory; give the name of a file" in done.output
+
+
 def test_the_command_that_builds_the_image_can_be_pasted_whatever_the_paths_are(tmp_path: Path) -> None:
     target, bundle = tmp_path / "Docker file;", tmp_path / "my models" / "a bundle"
-    words = shlex.split(kubernetes.write_docker(target, bundle))
+    words = shlex.split(kubernetes.build_command(target, bundle))
     assert words == ["docker", "build", "-t", "bca", "-f", str(target), str(bundle.parent)]
