@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from bca_deploy.layers.lowered_attention import Extras, Linear
 from bca_deploy.spec import AbsorbedForm, LayerSpec, Runtime
 
+# TensorRT-RTX 1.7.1, fp16, x of 5,000 and 22,223 rows: flat has the least scratch memory up to 128 rows of context, and at 256
+# twice that of loopq in a batch of 4. On the CPU it is the fastest, or within 4 % of it (docs/models.md).
+_FLAT_UP_TO = 128
+
 
 class AbsorbedAttention(nn.Module):
     """The layer with absorbed projections, in one of three forms.
@@ -106,12 +110,11 @@ def absorbed_state(spec: LayerSpec, state: Mapping[str, Tensor], dtype: torch.dt
     return {name: tensor.to(dtype).contiguous() for name, tensor in (rest | held).items()}
 
 
-def absorbed_form(runtime: Runtime, x_len: int, context_len: int) -> AbsorbedForm:
-    """Return the form for a graph, by rule.
+def absorbed_form(runtime: Runtime, context_len: int) -> AbsorbedForm:
+    """Return the form for a graph, by the rule that benchmarks/absorbed.py derives.
 
     Args:
         runtime: what runs it.
-        x_len: the most rows of ``x``.
         context_len: the most rows of ``context``.
     """
-    return "flat" if runtime == "onnxruntime-cpu" else "loopq"
+    return "flat" if runtime == "onnxruntime-cpu" or context_len <= _FLAT_UP_TO else "loopq"

@@ -23,8 +23,8 @@ ORDERS = 8
 #: Multiply-adds above which a case is not summed in order: about ten seconds on one core.
 IN_ORDER_WORK = 2e10
 
-# Logits this far below their row's and their column's maximum weigh exp(-50), nothing at any precision here.
-_WEIGHTLESS = 50.0
+#: Logits this far below their row's and their column's maximum weigh exp(-50), nothing at any precision here.
+WEIGHTLESS = 50.0
 _UNMASKED = Interface(mask=False, context_mask=False)
 _RANDOM = Case("no mask", "plain", 2, 16, 16, 0)
 
@@ -51,7 +51,7 @@ def evaluations(
 
 
 def true_outputs(
-    module: nn.Module, inputs: Mapping[str, Array], interface: Interface, weightless: float = _WEIGHTLESS
+    module: nn.Module, inputs: Mapping[str, Array], interface: Interface, weightless: float = WEIGHTLESS
 ) -> tuple[dict[str, Array], float]:
     """Return the float64 outputs and the largest live |logit| of any layer that carries weight."""
     largest = [0.0]

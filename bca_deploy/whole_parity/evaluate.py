@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from bca_deploy.errors import InputError, first_line
 from bca_deploy.layers.in_order import InOrder
-from bca_deploy.parity.truth import live_rows, true_outputs
-from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Interface
+from bca_deploy.parity.truth import WEIGHTLESS, live_rows, true_outputs
+from bca_deploy.spec import INPUT_NAMES, OUTPUT_NAMES, Bias, Interface
 from bca_deploy.whole.find import Found
 from bca_deploy.whole.samples import named_outputs
 from bca_deploy.whole.swap import tap_name
@@ -96,6 +96,17 @@ class LayerCall:
         full = {"mask": x.shape[:2], "context_mask": context.shape[:2]}
         return {name: (t.expand(full[name]) if name in full else t).numpy() for name, t in self.given.items()}
 
+    def largest_logit(self, layer: nn.Module, weightless: float = np.inf) -> float:
+        """Return the largest live |logit|; with ``weightless`` of those alone that come so near to their row's maximum.
+
+        Args:
+            layer: the float64 reference.
+            weightless: logits so far below weigh nothing.
+        """
+        bias: Bias = "batch" if "rel_pos_bias" in self.given else "none"
+        interface = Interface("mask" in self.given, "context_mask" in self.given, bias)
+        return true_outputs(layer, self.arrays(), interface, weightless)[1]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -162,7 +173,7 @@ class Evaluator:
         tensors = {name: self._tensor(array) for name, array in inputs.items()}
         try:
             with gradients(), self._mode(order):
-                outputs = named_outputs(self._model(**tensors))
+                outputs = named_outputs(self._model(**tensors), inputs)
         except Exception as error:  # a user's model raises what it likes
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
             raise InputError(
@@ -213,10 +224,4 @@ def live_of(evaluation: Evaluation) -> Arrays:
 
 def largest_logit(evaluation: Evaluation, layers: Mapping[str, nn.Module]) -> float:
     """Return the largest live |logit| that carries weight in any call; ``layers`` are float64 references by path."""
-    found = [0.0]
-    for call in evaluation.calls:
-        interface = Interface(
-            "mask" in call.given, "context_mask" in call.given, "batch" if "rel_pos_bias" in call.given else "none"
-        )
-        found.append(true_outputs(layers[call.path], call.arrays(), interface)[1])
-    return max(found)
+    return max((call.largest_logit(layers[call.path], WEIGHTLESS) for call in evaluation.calls), default=0.0)

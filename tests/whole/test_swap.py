@@ -19,7 +19,8 @@ from bca_deploy.whole.calls import call_of
 from bca_deploy.whole.find import Found, find
 from bca_deploy.whole.proof import Proof
 from bca_deploy.whole.samples import named_outputs
-from bca_deploy.whole.swap import Swapped, Use, plain_copy, swap, tap_name, uses_of
+from bca_deploy.whole.swap import Swapped, plain_copy, swap, tap_name
+from bca_deploy.whole.uses import Use, uses_of
 
 
 @pytest.fixture(autouse=True)
