@@ -1,6 +1,6 @@
 """The layer and its interface as plain data, and the signature that they make. Needs no torch: every stage uses it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from bca_deploy.errors import InputError, check_one_of
@@ -169,6 +169,24 @@ class Interface:
 
 #: What a layer is exported for where nothing else is said.
 LAYER_DIMS = Dims(batch=DimRange(1, 4, 8), x_len=DimRange(1, 512, 2048), context_len=DimRange(1, 512, 2048))
+
+
+def left_out(interface: Interface | None) -> dict[str, str]:
+    """Return what an export left out, by the names that the layer's forward has for it, each with the option that decides.
+
+    Args:
+        interface: of the bare layer; a whole model has none, and nothing that could be left out.
+    """
+    if interface is None:
+        return {}
+    flags = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(interface)}
+    found = {
+        name: flag if getattr(interface, name) == "none" else flag.replace("--", "--[no-]", 1)
+        for name, flag in flags.items()
+        if getattr(interface, name) in (False, "none")
+    }
+    maps = found.get("attention_maps")
+    return found | ({"return_attn": maps, "attn": maps, "context_attn": maps} if maps else {})
 
 
 def layer_signature(spec: LayerSpec, interface: Interface, dims: Dims = LAYER_DIMS) -> Signature:

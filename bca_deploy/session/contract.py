@@ -1,6 +1,7 @@
 """What a model takes, checked before the call: names, dtypes, ranks, sizes. The one place where a request is refused."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,14 +18,6 @@ AnyArray: TypeAlias = "Array | DeviceArray"
 #: One request of ``run_many``: the inputs in the model's order, as many as there are to give.
 Pair = Sequence[Any]
 
-# What a bare layer has only where it is exported with it, by the names that its forward has for it.
-_BY_EXPORT = {
-    "mask": "without --no-mask",
-    "context_mask": "with --context-mask",
-    "rel_pos_bias": "with --rel-pos-bias",
-    "return_attn": "with --attention-maps",
-}
-
 #: Accepted shapes that are remembered.
 _MOST_SHAPES = 1000
 
@@ -35,10 +28,16 @@ class Contract:
     Args:
         signature: what it takes.
         profiles: the combinations of sizes, where not every one within the signature's ranges will do.
+        left_out: what the export left out, by name, each with the option that decides about it.
     """
 
-    def __init__(self, signature: Signature, profiles: tuple[Dims, ...] = ()) -> None:
-        self._signature, self._profiles = signature, profiles
+    def __init__(
+        self,
+        signature: Signature,
+        profiles: tuple[Dims, ...] = (),
+        left_out: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._signature, self._profiles, self._left_out = signature, profiles, left_out
         self.names = tuple(tensor.name for tensor in signature.inputs)
         self._dtypes = {tensor.name: numpy_dtype(tensor.dtype) for tensor in signature.inputs}
         self._masks = frozenset(signature.masks.values())
@@ -49,7 +48,7 @@ class Contract:
 
     def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs by name, as :func:`bind` does."""
-        return bind(self.names, args, named)
+        return bind(self.names, args, named, self._left_out)
 
     def check(self, given: Mapping[str, AnyArray], cast: bool = False) -> dict[str, AnyArray]:
         """Return every input as the model takes it; one that may be left out, and was, holds its fill.
@@ -166,36 +165,35 @@ def _spread(tensor: Tensor, array: AnyArray, shape: tuple[int, ...]) -> AnyArray
     return np.ascontiguousarray(np.broadcast_to(array, shape))
 
 
-def bind(names: Sequence[str], args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+def how_to_have(name: str, left_out: Mapping[str, str]) -> str:
+    """Return which option of the export decides about what it left out; nothing where it is unknown."""
+    return f"; this export left it out: bca-export {left_out[name]}" if name in left_out else ""
+
+
+def bind(
+    names: Sequence[str], args: tuple[Any, ...], named: Mapping[str, Any], left_out: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Return a call's arguments by the names of the inputs; ``None`` counts as not given.
 
     Raises:
         InputError: too many, given twice, or unknown.
     """
     if len(args) > len(names):
-        told = f"{len(args)} inputs by position, but the model takes {len(names)}: {', '.join(names)}"
-        raise InputError(told + _how("rel_pos_bias", names))
+        raise InputError(f"{len(args)} inputs by position, but the model takes {len(names)}: {', '.join(names)}")
     given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
     for name, value in named.items():
         if value is None:
             continue
         if name not in names:
             told = f"the model has no input {name!r}{nearest(name, names)}; it takes {', '.join(names)}"
-            raise InputError(told + _how(name, names))
+            raise InputError(told + how_to_have(name, left_out))
         if name in given:
             raise InputError(f"input {name} is given twice, by position and by name")
         given[name] = value
     return given
 
 
-def _how(name: str, names: Sequence[str]) -> str:
-    """Return how a bare layer is exported so that it has what this model has not."""
-    if name not in _BY_EXPORT or name in names or tuple(names[:2]) != ("x", "context"):
-        return ""
-    return f"; a bare layer has {name} where it is exported {_BY_EXPORT[name]}"
-
-
-def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool, mask: bool = False) -> AnyArray:
+def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool, is_mask: bool = False) -> AnyArray:
     """Return an input in the model's element type: itself where it has that already.
 
     Args:
@@ -203,7 +201,7 @@ def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool, mask
         dtype: the model's.
         array: as it was given.
         cast: turn other floating-point dtypes, other integers, and masks of 0 and 1, into the model's.
-        mask: whether it is a mask, of integers too.
+        is_mask: whether it is a mask, of integers too.
 
     Raises:
         InputError: another dtype, a value that the model's cannot hold, or a bool of another byte than 0 and 1.
@@ -213,7 +211,7 @@ def converted(name: str, dtype: np.dtype[Any], array: AnyArray, cast: bool, mask
             _check_bytes(name, array)
         return array
     kind = "f" if array.dtype.name == "bfloat16" else array.dtype.kind
-    possible = kind in {"b": "iuf", "i": "iubf" if mask else "iu"}.get(dtype.kind, "f")
+    possible = kind in {"b": "iuf", "i": "iubf" if is_mask else "iu"}.get(dtype.kind, "f")
     if not cast or not possible or not isinstance(array, np.ndarray):
         way_out = "; cast=True converts it" if isinstance(array, np.ndarray) else "; convert it on the GPU"
         raise InputError(f"input {name} has dtype {array.dtype}, and needs {dtype}{way_out if possible else ''}")

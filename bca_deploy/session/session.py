@@ -21,10 +21,11 @@ from bca_deploy.forks import ForkLock, Home
 from bca_deploy.session import arrays, many
 from bca_deploy.session.backends.backend import Backend, Explanation
 from bca_deploy.session.backends.cuda import DeviceArray
-from bca_deploy.session.contract import Contract, Pair, numpy_dtype
+from bca_deploy.session.contract import Contract, Pair, how_to_have, numpy_dtype
 from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.signature import Dims, Signature, Tensor
+from bca_deploy.spec import left_out
 
 Array = NDArray[Any]
 AnyArray = Array | DeviceArray
@@ -51,7 +52,8 @@ class Session:
         self._bundle, self._backend, self._explanation, self._on_call = bundle, backend, explanation, on_call
         self._reader = arrays.Reader(backend.gpu)
         self._signature = backend.signature
-        self._contract = Contract(backend.signature, backend.profiles)
+        self._left_out = left_out(bundle.manifest.interface)
+        self._contract = Contract(backend.signature, backend.profiles, self._left_out)
         self._workers = threads or len(os.sched_getaffinity(0))
         self._meter = Meter()
         width = max((layer.spec.inner_dim for layer in bundle.manifest.layers), default=1)
@@ -334,8 +336,7 @@ class Session:
     def _check_outputs(self, ready: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray]) -> None:
         names, sizes = [tensor.name for tensor in self.outputs], self._signature.sizes(ready)
         if set(outputs) != set(names):
-            maps = not {"attn", "context_attn"}.isdisjoint(set(outputs) - set(names))
-            how = "; a bare layer gives maps where it is exported with --attention-maps" if maps else ""
+            how = next((how_to_have(name, self._left_out) for name in outputs if name in self._left_out), "")
             raise InputError(f"outputs {', '.join(outputs)} were given, and the model has {', '.join(names)}{how}")
         for tensor in self.outputs:
             wanted, array = tensor.shape(sizes), outputs[tensor.name]

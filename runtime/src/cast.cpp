@@ -53,8 +53,8 @@ double largest_lost(const std::vector<double>& values, const std::vector<double>
 
 bool is_integer(DType dtype) { return dtype > DType::Bool; }
 
-void check_possible(const TensorInfo& input, const View& view, bool cast, bool mask) {
-  const bool known = is_float(input.dtype) ? is_float(view.dtype) : is_integer(view.dtype) || mask || input.dtype == DType::Bool;
+void check_possible(const TensorInfo& input, const View& view, bool cast, bool is_mask) {
+  const bool known = is_float(input.dtype) ? is_float(view.dtype) : is_integer(view.dtype) || is_mask || input.dtype == DType::Bool;
   const bool on_cpu = view.memory == Memory::Cpu;
   if (cast && known && on_cpu) return;
   const char* way_out = on_cpu ? "; cast=True converts it" : "; convert it on the GPU";
@@ -116,8 +116,8 @@ Tensor filled(DType dtype, Shape shape, double value) {
   return made;
 }
 
-Tensor cast_to(const TensorInfo& input, const View& view, bool cast, bool mask) {
-  check_possible(input, view, cast, mask);
+Tensor cast_to(const TensorInfo& input, const View& view, bool cast, bool is_mask) {
+  check_possible(input, view, cast, is_mask);
   if (is_integer(input.dtype) && is_integer(view.dtype)) return cast_integers(input, view);
   const std::vector<double> values = as_doubles(view);
   if (!is_float(input.dtype)) check_mask(input, view, values);

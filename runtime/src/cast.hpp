@@ -8,9 +8,9 @@
 namespace bca {
 
 /// Returns the input as the model takes it: other floating-point types, other integers, and masks of 0 and 1 (a bool is one).
-/// `mask`: whether it is a mask, of integers too.
+/// `is_mask`: whether it is a mask, of integers too.
 /// Throws InputError where `cast` is false, the types cannot be converted, or a number is more than the model's type can hold.
-Tensor cast_to(const TensorInfo& input, const View& view, bool cast, bool mask = false);
+Tensor cast_to(const TensorInfo& input, const View& view, bool cast, bool is_mask = false);
 
 /// A tensor of one value everywhere.
 Tensor filled(DType dtype, Shape shape, double value);

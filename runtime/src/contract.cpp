@@ -43,17 +43,6 @@ Tensor spread(const TensorInfo& input, const View& view, const Shape& shape) {
   return made;
 }
 
-/// How a bare layer is exported so that it has what this model has not.
-std::string how(const std::string& name, const std::vector<std::string>& names) {
-  static const std::map<std::string, std::string> by_export = {{"mask", "without --no-mask"},
-                                                               {"context_mask", "with --context-mask"},
-                                                               {"rel_pos_bias", "with --rel-pos-bias"},
-                                                               {"return_attn", "with --attention-maps"}};
-  const auto found = by_export.find(name);
-  if (found == by_export.end() || names.size() < 2 || names[0] != "x" || names[1] != "context") return "";
-  return "; a bare layer has " + name + " where it is exported " + found->second;
-}
-
 }  // namespace
 
 /// The sizes seen so far, and which input each came from.
@@ -62,14 +51,15 @@ struct Contract::Known {
   std::map<std::string, std::string> from;
 };
 
-Contract::Contract(Signature signature, std::vector<Dims> profiles) : signature_(std::move(signature)), profiles_(std::move(profiles)) {
+Contract::Contract(Signature signature, std::vector<Dims> profiles, std::map<std::string, std::string> left_out)
+    : signature_(std::move(signature)), profiles_(std::move(profiles)), left_out_(std::move(left_out)) {
   for (const TensorInfo& input : signature_.inputs) names_.push_back(input.name);
   masks_last_ = signature_.inputs;
   std::stable_partition(masks_last_.begin(), masks_last_.end(), [&](const TensorInfo& input) { return !is_mask(input.name); });
 }
 
 bool Contract::is_mask(const std::string& name) const {
-  return std::any_of(signature_.masks.begin(), signature_.masks.end(), [&](const auto& mask) { return mask.second == name; });
+  return std::any_of(signature_.masks.begin(), signature_.masks.end(), [&](const auto& entry) { return entry.second == name; });
 }
 
 Ready Contract::check(const Inputs& given, bool cast) const {
@@ -136,7 +126,9 @@ const View* Contract::find(const Inputs& given, const std::string& name) const {
 void Contract::check_names(const Inputs& given) const {
   for (const auto& [name, view] : given) {
     if (!has(name)) {
-      throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_) + how(name, names_));
+      const auto left_out = left_out_.find(name);
+      const std::string how = left_out == left_out_.end() ? "" : "; this export left it out: bca-export " + left_out->second;
+      throw InputError("the model has no input " + text::quoted(name) + text::nearest(name, names_) + "; it takes " + text::join(names_) + how);
     }
     if (find(given, name) != &view) throw InputError("input " + name + " is given twice");
   }

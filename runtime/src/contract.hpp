@@ -2,6 +2,7 @@
 // tests/contract_cases.json is the table of refusals that both are held to.
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,8 @@ struct Ready {
 class Contract {
  public:
   /// `profiles`: the combinations of sizes, where not every one within the signature's ranges will do.
-  explicit Contract(Signature signature, std::vector<Dims> profiles = {});
+  /// `left_out`: what the export left out, by name, each with the option that decides about it.
+  explicit Contract(Signature signature, std::vector<Dims> profiles = {}, std::map<std::string, std::string> left_out = {});
 
   /// Throws InputError, naming the input, the axis, what it got, what is allowed and the way out.
   /// A mask is spread as the layer does it: [1, N] over the batch, [B, 1] over the length.
@@ -44,6 +46,7 @@ class Contract {
   std::vector<std::string> names_;
   std::vector<TensorInfo> masks_last_;          // one of one entry or one length is spread over the sizes that the others have
   std::vector<Dims> profiles_;
+  std::map<std::string, std::string> left_out_;
 };
 
 }  // namespace bca

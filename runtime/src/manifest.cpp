@@ -103,6 +103,20 @@ std::string read_sha256(const Field& field) {
 
 Precision read_precision(const Field& field) { return precision_of(field.one_of({"fp32", "fp16", "bf16"})); }
 
+/// As spec.py has it: the bare layer's interface names what the export may leave out.
+std::map<std::string, std::string> read_left_out(const Field& field) {
+  std::map<std::string, std::string> found;
+  if (field.is_null()) return found;
+  field.each([&](const std::string& name, const Field& item) {
+    const bool word = item.is_string();
+    if (word ? item.string() != "none" : item.boolean()) return;
+    std::string flag = name;
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    found[name] = (word ? "--" : "--[no-]") + flag;
+  });
+  return found;
+}
+
 Trust read_trust(const Field& field) {
   const std::string name = field.one_of({kTrusts, kTrusts + 3});
   return static_cast<Trust>(std::find(kTrusts, kTrusts + 3, name) - kTrusts);
@@ -196,6 +210,7 @@ void check_format(const json& content, const std::string& shown) {
 Manifest read_manifest(const Field& field) {
   if (field["format"].integer(0) != kFormat) field["format"].fail("Input should be 1");
   Manifest manifest;
+  manifest.left_out = field.value_or("interface", std::map<std::string, std::string>(), read_left_out);
   manifest.trust = field.value_or("trust", Trust::OnTrust, read_trust);
   manifest.signature = read_signature(field["signature"]);
   manifest.models = field["models"].list(read_model, 1);

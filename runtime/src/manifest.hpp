@@ -33,6 +33,7 @@ struct EngineEntry {
 
 struct Manifest {
   Trust trust = Trust::OnTrust;
+  std::map<std::string, std::string> left_out;  // of the bare layer, each with the option of bca-export that decides about it
   Signature signature;
   std::vector<ModelEntry> models;               // at least one
   std::vector<EngineEntry> engines;

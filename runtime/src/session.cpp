@@ -115,7 +115,7 @@ Session Session::open(const std::filesystem::path& path, const Options& options)
   check_options(options);
   Bundle bundle = open_bundle(path, options.verify);
   auto [runner, explanation] = choose(bundle, options);
-  Contract contract(runner->info.signature, runner->info.profiles);
+  Contract contract(runner->info.signature, runner->info.profiles, bundle.manifest.left_out);
   return Session(std::unique_ptr<State>(new State{std::move(bundle), std::move(runner), std::move(explanation), std::move(contract)}));
 }
 

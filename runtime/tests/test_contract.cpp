@@ -55,7 +55,8 @@ bca::Contract contract(const std::string& name, const std::string& profiles = ""
   if (!profiles.empty()) {
     for (const json& profile : table()["profiles"][profiles]) each.push_back(dims(profile));
   }
-  return bca::Contract(model(name, changes), each);
+  const auto left_out = table()["models"][name].value("left_out", std::map<std::string, std::string>());
+  return bca::Contract(model(name, changes), each, left_out);
 }
 
 template <typename T> void set_all(bca::Tensor& array, T value) {

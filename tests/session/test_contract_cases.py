@@ -35,7 +35,7 @@ def array(given: dict[str, Any]) -> np.ndarray:
 def test_a_request_is_taken_or_refused_in_the_tables_words(case: dict[str, Any]) -> None:
     profiles = tuple(map(dims, TABLE["profiles"].get(case.get("profiles"), ())))
     wanted = signature(case)
-    contract = Contract(wanted, profiles)
+    contract = Contract(wanted, profiles, TABLE["models"][case["model"]].get("left_out", {}))
     given = {name: array(entry) for name, entry in case["inputs"].items()}
     if case["error"] is None:
         ready = contract.check(contract.bind((), given), case.get("cast", False))
