@@ -98,6 +98,12 @@ def line(row: Row) -> str:
     return "| " + " | ".join([layer, str(row["threads"]), str(row["length"]), f"{row['literal_ms']:.3g}", *shown]) + " |"
 
 
+def as_json(rows: list[Row]) -> str:
+    """Return machine and rows, a line each."""
+    shown = ",\n".join(map(json.dumps, rows))
+    return f'{{"machine": {json.dumps(asdict(machine()))},\n"rows": [\n{shown}\n]}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -112,7 +118,7 @@ def main() -> None:
         rows += found
         print("\n".join(map(line, found)), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"machine": asdict(machine()), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(as_json(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
