@@ -143,7 +143,7 @@ def _settled(condition: Condition, dims: Dims) -> Narrowing | None:
     names = _names(condition.expr)
     if not names or not set(names) <= set(dims):  # of the data's sizes: no range is declared
         return None
-    holds = _computed(names, condition.expr)
+    holds = _but_for_zero(_computed(names, condition.expr))
     table = {point: bool(holds(*point)) for point in _points(names, dims)}
     if all(table.values()):
         return None
@@ -171,6 +171,18 @@ def _computed(names: Sequence[str], expr: sympy.Basic) -> Callable[..., object]:
         return lambda *sizes: expr.xreplace(dict(zip(symbols, map(sympy.Integer, sizes), strict=True)))
     computed: Callable[..., object] = sympy.lambdify(symbols, expr, modules=[_FUNCTIONS], printer=_Python())
     return computed
+
+
+def _but_for_zero(holds: Callable[..., object]) -> Callable[..., object]:
+    """A condition that divides by a size's half, or such, does not hold where that is zero."""
+
+    def held(*sizes: int) -> object:
+        try:
+            return holds(*sizes)
+        except ZeroDivisionError:
+            return False
+
+    return held
 
 
 def _line(size: DimRange) -> Sequence[int]:
