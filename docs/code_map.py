@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 #: The wings in stage order; the first is the ground line.
-WINGS = ("", "bundle", "timing", "layers", "engines", "parity", "tracing", "whole", "whole_parity", "exporter")
-WINGS += ("session", "session/backends", "benchmarking", "serving", "packaging", "cli")
+WINGS = ("", "bundle", "timing", "layers", "layers/stored", "engines", "parity", "tracing", "whole", "whole_parity")
+WINGS += ("exporter", "exporter/wholes", "session", "session/backends", "benchmarking", "serving", "packaging", "cli")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from bca_deploy.engines.usable import engine_for
 from bca_deploy.errors import EngineError, InputError, MissingDependencyError
 from bca_deploy.exporter import refit as refitting
 from bca_deploy.layers.checkpoint import Checkpoint
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.parity.rule import Runtimes, Subject, judge
 from bca_deploy.parity.runners import Runner, at_edges
 from bca_deploy.parity.verdict import Verdict

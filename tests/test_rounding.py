@@ -12,7 +12,7 @@ from support.rounding import LARGEST_LOGIT, WIDEST, allowance, is_same
 from bca_deploy.bundle.manifest import WEIGHTS_FILE
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.layers.checkpoint import Checkpoint
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.parity.truth import true_outputs
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface
 

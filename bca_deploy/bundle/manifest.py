@@ -62,6 +62,7 @@ class LayerEntry(_Model):
     path: str = Field(description="its name in the model; empty where the model is the layer")
     spec: LayerSpec = Field(description="what it is")
     lowering: Lowering = Field(description="form of its attention in the graphs")
+    why: str | None = Field(default=None, description="what the form was chosen by, where the family has several")
     calls: int = Field(default=1, description="how often the model calls it")
     proof: ProofEntry | None = Field(default=None, description="of a layer inside a model")
 

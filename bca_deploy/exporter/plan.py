@@ -22,7 +22,7 @@ from bca_deploy.exporter.source import Source
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, load
 from bca_deploy.layers.lowered_model import choose
 from bca_deploy.layers.reference import build
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.optional import onnxruntime
 from bca_deploy.parity import user_sample
 from bca_deploy.spec import EXTERNAL_DATA_BYTES, Interface, LayerSpec

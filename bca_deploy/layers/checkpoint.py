@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
-from bca_deploy.layers.places import (
+from bca_deploy.layers.reference import build
+from bca_deploy.layers.relatives import Relative, family_of, read_relative
+from bca_deploy.layers.stored.places import (
     CONTAINERS,
     FILE,
     MODULE,
@@ -23,9 +25,7 @@ from bca_deploy.layers.places import (
     plain,
     refuse_unmerged,
 )
-from bca_deploy.layers.reference import build
-from bca_deploy.layers.relatives import Relative, family_of, read_relative
-from bca_deploy.layers.weight_files import State, read
+from bca_deploy.layers.stored.weight_files import State, read
 from bca_deploy.spec import NORM_EPS, LayerSpec, Norm
 
 # Not float8: what it stands for depends on a scale that is kept elsewhere.
@@ -54,7 +54,7 @@ def load(path: Path, heads: int | None = None, prefix: str = "") -> Checkpoint:
     """Read a trained layer or transformer from a checkpoint file.
 
     Args:
-        path: a file or directory as :func:`bca_deploy.layers.weight_files.read` takes them.
+        path: a file or directory as :func:`bca_deploy.layers.stored.weight_files.read` takes them.
         heads: required unless the layer has talking heads.
         prefix: where the layer sits inside a bigger state dict, such as ``encoder.fusion.``; containers such as ``model`` and
             ``ema`` are prefixes, too, and ``model`` and ``state_dict`` may be left out.

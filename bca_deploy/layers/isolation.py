@@ -24,7 +24,7 @@ _setting_threads = ForkLock()
 
 _LIBRARIES = ("torch", "onnx", "onnx_ir", "onnxscript")
 # Warnings that are theirs, or that they cause in our name; copyreg's is about torch.export's way to copy fake tensors.
-_OURS = r"bca_deploy\.(layers\.(checkpoint|weight_files)|tracing\.graph)"
+_OURS = r"bca_deploy\.(layers\.(checkpoint|stored\.weight_files)|tracing\.graph)"
 _WARNERS = re.compile(rf"(({'|'.join(_LIBRARIES)})\b.*|{_OURS}|copyreg)\Z")
 
 

@@ -24,7 +24,7 @@ from bca_deploy.layers.lowered_attention import (
     ReferenceAttention,
 )
 from bca_deploy.layers.lowered_relatives import lower_relative
-from bca_deploy.layers.weight_files import State
+from bca_deploy.layers.stored.weight_files import State
 from bca_deploy.spec import DTYPE_OF, Interface, LayerSpec, Lowering, Precision, Runtime
 
 DTYPES: dict[Precision, torch.dtype] = {precision: getattr(torch, name) for precision, name in DTYPE_OF.items()}

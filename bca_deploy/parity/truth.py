@@ -11,7 +11,7 @@ from torch import nn
 from bca_deploy.layers.checkpoint import Checkpoint, is_query_weight
 from bca_deploy.layers.in_order import InOrder
 from bca_deploy.layers.reference import BidirectionalCrossAttention
-from bca_deploy.layers.weight_files import State
+from bca_deploy.layers.stored.weight_files import State
 from bca_deploy.parity.cases import Case, Sharpness, logit_target, make_inputs, work
 from bca_deploy.spec import OUTPUT_NAMES, Interface, LayerSpec, Precision
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from bca_deploy.errors import CheckpointError, InputError, first_line, nearest
-from bca_deploy.layers.places import candidates, dotted, plain, say_choice
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.places import candidates, dotted, plain, say_choice
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.programs import read as program
 
 _SHOWN = 6
@@ -101,24 +101,33 @@ def load_into(model: nn.Module, path: Path, prefix: str = "") -> None:
 
     Args:
         model: takes the weights.
-        path: as :func:`bca_deploy.layers.weight_files.read` takes it.
+        path: as :func:`bca_deploy.layers.stored.weight_files.read` takes it.
         prefix: where the model is inside a bigger state dict; ``model`` and ``state_dict`` in front may be left out.
 
     Raises:
         CheckpointError: it cannot be read, lacks a key, has one too many, or another shape.
     """
+    model.load_state_dict(fitting(model.state_dict(), path, prefix, type(model).__name__))
+
+
+def fitting(wanted: Mapping[str, torch.Tensor], path: Path, prefix: str, model: str) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors where they are those of a state dict: the same keys, each of the same shape.
+
+    Args:
+        wanted: the state dict.
+        path: as for :func:`load_into`, with its errors.
+        prefix: as for :func:`load_into`.
+        model: the name of its class.
+    """
     state = {plain(name): tensor for name, tensor in read(path).items()}
-    wanted = model.state_dict()
     fits = {place: _inside(state, place) for place in candidates(state, dotted(prefix))}
     nearest_one = max(fits, key=lambda place: len(wanted.keys() & fits[place].keys()))
     place = next((place for place, inside in fits.items() if not _problems(wanted, inside)), nearest_one)
     if problems := _problems(wanted, fits[place]):
-        raise CheckpointError(
-            f"{path} is not of this {type(model).__name__}: {'; '.join(problems)}; check --model and --prefix"
-        )
+        raise CheckpointError(f"{path} is not of this {model}: {'; '.join(problems)}; check --model and --prefix")
     if place != dotted(prefix):
         say_choice(place, _others(wanted, state, place, dotted(prefix)))
-    model.load_state_dict(fits[place])
+    return fits[place]
 
 
 def _inside(state: Mapping[str, torch.Tensor], place: str) -> dict[str, torch.Tensor]:

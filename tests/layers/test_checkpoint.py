@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bca_deploy.errors import CheckpointError, InputError
 from bca_deploy.layers.checkpoint import Checkpoint, from_module, from_state, infer, load
 from bca_deploy.layers.reference import build
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.spec import LayerSpec
 
 State = dict[str, Tensor]

@@ -25,7 +25,7 @@ from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import CheckpointError, ExportError
 from bca_deploy.layers import isolation
 from bca_deploy.layers.isolation import exporter_alone, one_thread, plain_torch
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 
 
 def small_module() -> nn.Module:

@@ -16,7 +16,7 @@ from bca_deploy.errors import InputError
 from bca_deploy.layers import lowered_attention
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import lower
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.parity.cases import Case, Sharpness, make_inputs
 from bca_deploy.parity.rule import Subject, judge, judge_inputs, refuse_undefined_rows
 from bca_deploy.parity.runners import Runner, ort_runner, sharpened_copy

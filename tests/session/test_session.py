@@ -27,7 +27,7 @@ from bca_deploy.bundle.manifest import WEIGHTS_FILE
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, BundleError, EngineError, InputError, ParityError
 from bca_deploy.layers.checkpoint import Checkpoint
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 from bca_deploy.session.session import Session
 
 

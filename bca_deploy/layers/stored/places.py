@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bca_deploy.errors import CheckpointError, nearest
 
-_log = logging.getLogger("bca_deploy.layers.places")
+_log = logging.getLogger("bca_deploy.layers.stored.places")
 
 ANCHOR = "to_qk.weight"  # every layer has it, and nothing else of the layer ends so at the root
 _TRANSFORMER_ANCHOR = "layers.0.0.to_qk.weight"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bca_deploy.errors import CheckpointError
-from bca_deploy.layers.weight_files import read
+from bca_deploy.layers.stored.weight_files import read
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
 

@@ -1,0 +1,1 @@
+"""Checkpoints as they are stored: the files, and where in them the layer stands."""
