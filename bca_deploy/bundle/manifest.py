@@ -129,7 +129,7 @@ class Manifest(_Model):
     source: str = Field(default="layer", description="layer, or the class of the whole model")
     trust: Trust = Field(
         default="on-trust",
-        description="what shows that it is the function that its user runs: the live module, a sample of its outputs, or nothing",
+        description="what shows that it is the function that its user runs: the live module, a sample of outputs, or nothing",
     )
     layers: tuple[LayerEntry, ...] = Field(description="the layers that were lowered; of a bare layer enough to rebuild it")
     interface: Interface | None = Field(
