@@ -6,7 +6,7 @@ weights as initializers under the seed's names; no dead nodes and nothing of the
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +140,7 @@ def trace_module(traceable: Traceable, opset: int) -> tuple[Program, ir.Model]:
     weight is in it but as an initializer. Errors as for :func:`convert`.
     """
     program, traced = _run_exporter(traceable, check_opset(opset))
+    _name_edges(traced, list(traceable.inputs), traceable.outputs)
     _name_dimensions(traced, program.symbols)
     for value, axes in zip(traced.graph.outputs, program.outputs, strict=True):
         value.shape = ir.Shape(axes)
@@ -361,6 +362,14 @@ def _check(model: ir.Model, opset: int, domains: set[str]) -> None:
         raise ExportError(f"asked for opset {opset}, but the exporter gave opset {found} without an error; please report this")
     if not set(model.opset_imports) <= domains or model.functions:
         raise ExportError(f"the graph needs more than it may: {sorted(model.opset_imports)}; please report this")
+
+
+def _name_edges(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give each edge a value of its own: one that is two outputs, or an input too, has torch's last name for it."""
+    passes.OutputFixPass()(model)
+    for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
 
 
 def _check_edges(model: ir.Model, inputs: Mapping[str, tuple[Axis, ...]], outputs: tuple[str, ...]) -> None:

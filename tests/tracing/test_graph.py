@@ -15,6 +15,7 @@ from support.layers import make_checkpoint, make_spec
 from bca_deploy.errors import ExportError, InputError
 from bca_deploy.layers.checkpoint import Checkpoint
 from bca_deploy.layers.lowered_model import graph_state, lower
+from bca_deploy.signature import DimRange
 from bca_deploy.spec import UNIT_ROUNDOFF, Interface, LayerSpec, Precision, layer_signature
 from bca_deploy.tracing import graph
 from bca_deploy.tracing.graph import OPSETS, trace, write
@@ -212,3 +213,21 @@ def test_an_operator_that_takes_no_bfloat16_yet_is_told_with_the_way_out(tmp_pat
     model = ir.from_proto(onnx.parser.parse_model(text))
     with pytest.raises(ExportError, match=r"export with a higher --opset, or in another precision$"):
         write(model, tmp_path / "model.onnx")
+
+
+class Repeating(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        doubled = 2 * x
+        return doubled, doubled, x, doubled
+
+
+def test_what_is_two_outputs_or_an_input_too_has_each_of_its_names(tmp_path: Path) -> None:
+    dims = {"n": DimRange(1, 3, 9)}
+    traceable = graph.Traceable(Repeating(), {"x": torch.ones(3)}, {"x": ("n",)}, dims, ("a", "b", "same", "c"))
+    model, _ = graph.convert(traceable, 17)
+    write(model, tmp_path / "model.onnx")
+    session, x = session_of(tmp_path / "model.onnx"), np.arange(5, dtype=np.float32)
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert [value.name for value in session.get_outputs()] == ["a", "b", "same", "c"]
+    for got, wanted in zip(session.run(None, {"x": x}), (2 * x, 2 * x, x, 2 * x), strict=True):
+        np.testing.assert_array_equal(got, wanted)
