@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,10 +104,14 @@ def _of_array(name: str, value: NDArray[Any] | np.generic) -> Tensor:
         raise InputError(f"the sample's {name} is an array of {array.dtype}; {_ALLOWED}") from error
 
 
-def named_outputs(result: Any) -> dict[str, Tensor]:
+def named_outputs(result: Any, inputs: Container[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of a result by name: keys and fields, ``output_0`` and on for what stands in order.
 
     What is no tensor (None, numbers, strings) is left out; ``output`` is the name of a single tensor.
+
+    Args:
+        result: what a model returns.
+        inputs: names that its inputs have; an output that shares one gets ``_out`` behind it.
 
     Raises:
         InputError: two have one name.
@@ -117,6 +121,14 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
         if name in found:
             raise InputError(f"two outputs are called {name}; give their keys names that differ in letters and numbers")
         found[name] = tensor
+    return {_free(name, inputs, found): tensor for name, tensor in found.items()}
+
+
+def _free(name: str, inputs: Container[str], outputs: Container[str]) -> str:
+    """Return an output's name, or one like it that neither an input nor another output has."""
+    found = name
+    while found in inputs or (found != name and found in outputs):
+        found += "_out"
     return found
 
 
@@ -167,7 +179,9 @@ def rooted(
         self.taps.clear()
         with ZerosWithoutKeys():
             own = named_outputs(self.model(**{name: cast(t, inside) for name, t in inputs.items()}))
-        return tuple(cast(t, edge) for t in (*own.values(), *self.taps.values()))
+        # A copy, as the exporter gives an input that comes out the output's name.
+        made = (t.clone() if any(t is given for given in inputs.values()) else t for t in (*own.values(), *self.taps.values()))
+        return tuple(cast(t, edge) for t in made)
 
     kinds = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     kinds += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]

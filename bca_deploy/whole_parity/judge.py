@@ -100,4 +100,6 @@ def _results(case: str, runtime: str, outputs: Arrays | str, hearings: Mapping[s
         if name not in outputs:  # of a layer, and no graph was made to tell
             continue
         family = name.rsplit("/", 2)[0] if "/" in name else name  # of a layer both outputs, and all of its calls
-        yield hearing.trial.judge(case, family, "plain", runtime, {name: hearing.shown(np.asarray(outputs[name]))})
+        shown = hearing.shown(np.asarray(outputs[name]))
+        told = f"{name}: {shown}" if isinstance(shown, str) else {name: shown}
+        yield hearing.trial.judge(case, family, "plain", runtime, told)

@@ -142,5 +142,5 @@ def _alike(one: NDArray[Any], other: NDArray[Any]) -> bool:
     if one.shape != other.shape:
         return False
     wide, reference = one.astype(np.float64), other.astype(np.float64)
-    scale = float(np.nanmax(np.abs(reference), initial=0.0)) or 1.0
+    scale = float(np.abs(reference[np.isfinite(reference)]).max(initial=0.0)) or 1.0
     return bool(np.allclose(wide, reference, rtol=0, atol=_SAME * scale, equal_nan=True))

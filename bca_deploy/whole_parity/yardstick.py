@@ -32,30 +32,47 @@ class Hearing:
     """What one output is held against.
 
     Attributes:
-        trial: its truth and what PyTorch makes of it, 0 where PyTorch gives no number.
-        defined: where it gives one.
+        trial: its truth and what PyTorch makes of it, 0 where PyTorch gives no finite number.
+        defined: where it gives a number, or infinity at both precisions.
+        infinite: that infinity, 0 elsewhere.
     """
 
     trial: Trial
     defined: NDArray[Any]
+    infinite: NDArray[Any]
 
-    def shown(self, output: NDArray[Any]) -> NDArray[Any]:
-        """Return an output as the trial takes it: where PyTorch gives no number, it need not either."""
-        flat = _flat(output)
-        return np.where(self.defined, flat, 0) if flat.shape == self.defined.shape else flat
+    def shown(self, output: NDArray[Any]) -> NDArray[Any] | str:
+        """Return an output as the trial takes it: where PyTorch gives no number, it need not either.
+
+        Returns:
+            A sentence where it is not infinite as PyTorch's is: what masks logits by it would let them pass.
+        """
+        flat, endless = _flat(output), self.infinite != 0
+        if flat.shape != self.defined.shape:
+            return flat
+        if count := int((flat != self.infinite)[endless].sum()):
+            return f"{count} of {int(endless.sum())} values are not the infinity that PyTorch's are"
+        return np.where(self.defined & ~endless, flat, 0)
 
 
 def _hearing(name: str, true: NDArray[Any], peers: Sequence[Arrays], live: NDArray[Any], slack: float) -> Hearing:
     *judged, usual = peers
-    defined = _flat(np.isfinite(true.astype(np.float64)) & ~np.isnan(usual[name].astype(np.float64)))
+    wide, alike = (_flat(array).astype(np.float64) for array in (true, usual[name]))
+    infinite = np.where(np.isinf(wide) & (wide == alike), wide, 0.0)
+    defined = np.isfinite(wide) & ~np.isnan(alike)
     shown = [{name: np.where(defined, _flat(a).astype(np.float64), 0.0)} for a in (true, *(peer[name] for peer in judged))]
-    return Hearing(Trial(shown[0], shown[1:], {name: _flat(live)}, slack), defined)
+    return Hearing(Trial(shown[0], shown[1:], {name: _flat(live)}, slack), defined | (infinite != 0), infinite)
 
 
 def _off(true: NDArray[Any], got: NDArray[Any]) -> float:
     """Return the sum of the squared errors; what is not finite is off by nothing, and widens nothing."""
-    found = float(np.square(got.astype(np.float64) - true.astype(np.float64)).sum())
+    finite = np.isfinite(true.astype(np.float64))
+    found = float(np.square(got[finite].astype(np.float64) - true[finite].astype(np.float64)).sum())
     return found if np.isfinite(found) else -1.0
+
+
+def _finite(array: NDArray[Any]) -> NDArray[Any]:
+    return np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)
 
 
 def _flat(array: NDArray[Any]) -> NDArray[Any]:
@@ -101,9 +118,15 @@ class Yardstick:
         return {name: _hearing(name, true, evaluations, live[name], slack) for name, true in trues.items()}
 
     def truth_and_bounds(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
-        """Return the float64 outputs, and the largest error that the per-case rule allows for each."""
+        """Return the float64 outputs, and the largest error that the per-case rule allows for each.
+
+        Returns:
+            None of either where PyTorch itself gives no number somewhere.
+        """
         truth = self._exact.run(inputs)
         hearings = self._hearings(inputs, truth, _KEPT_ORDERS)
+        if not all(hearings[name].defined.all() for name in truth.outputs):
+            return {}, {}
         return truth.outputs, {name: _bound(name, hearings[name].trial) for name in truth.outputs}
 
     def weight_rounding(self) -> float:
@@ -114,9 +137,7 @@ class Yardstick:
         if self._unrounded is None:
             return 0.0
         exact = self._unrounded.run(inputs).outputs
-        pairs = [
-            (np.nan_to_num(truth.outputs[name].astype(float)), np.nan_to_num(a.astype(float))) for name, a in exact.items()
-        ]
+        pairs = [(_finite(truth.outputs[name]), _finite(a)) for name, a in exact.items()]
         return float(np.sqrt(np.mean([np.mean((rounded - a) ** 2) / mean_square(a) for rounded, a in pairs])))
 
     def _slack(self, truth: Evaluation) -> float:

@@ -24,7 +24,6 @@ from bca_deploy.bundle import selftest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.cli import export_app
 from bca_deploy.errors import InputError
-from bca_deploy.exporter.model_source import _free
 from bca_deploy.files import read_arrays
 from bca_deploy.whole.samples import named_outputs
 
@@ -487,11 +486,6 @@ def test_what_does_not_fit_a_whole_model_is_refused(place: Path, arguments: tupl
     assert re.search(message, said), said
     assert "Traceback" not in said
     assert not Path("out").exists()
-
-
-def test_an_output_never_has_the_name_of_an_input_or_of_another_output() -> None:
-    assert _free("x", {"x"}, {"x": None, "x_out": None}) == "x_out_out"
-    assert _free("x_out", {"x"}, {"x": None, "x_out": None}) == "x_out"
 
 
 @pytest.mark.slow

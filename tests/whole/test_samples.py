@@ -193,6 +193,11 @@ def test_two_outputs_of_one_name_are_refused_and_none_is_lost(result: Any) -> No
         named_outputs(result)
 
 
+def test_an_output_never_has_the_name_of_an_input_or_of_another_output() -> None:
+    assert list(named_outputs({"x": VIDEO, "x_out": AUDIO}, {"x"})) == ["x_out_out", "x_out"]
+    assert list(named_outputs({"x": VIDEO}, {"y"})) == ["x"]
+
+
 # ---- the model under a forward of its inputs' names
 
 

@@ -12,6 +12,7 @@ from support.models import masked_mean, seeded
 from torch import Tensor, nn
 
 import bca_deploy
+from bca_deploy.bundle import selftest
 from bca_deploy.errors import InputError, ParityError
 from bca_deploy.exporter.model_source import ModelSource, read_model
 from bca_deploy.exporter.recipe import Recipe, read_recipe
@@ -154,6 +155,66 @@ def test_an_output_of_which_pytorch_gives_nothing_but_nan_is_not_judged_as_right
     verdict = source.make("fp32", "portable", tmp_path / "fp32.onnx", recipe(), Clock(Silent())).verdict
     assert not verdict
     assert "output: PyTorch itself gives NaN everywhere, so that nothing is judged" in verdict.failures
+
+
+# ---- infinite outputs, and outputs that are inputs
+
+
+class Masked(nn.Module):
+    """Logits of classes that a mask leaves out, as behind the text of a detector."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (x * 3).masked_fill(~mask[..., None], self.fill)
+
+
+MASKED = [{"x": torch.randn(b, n, 4), "mask": torch.ones(b, n, dtype=torch.bool)} for b, n in ((3, 5), (2, 6))]
+
+
+def of_masked(fill: float, directory: Path) -> tuple[ModelSource, Verdict]:
+    source = read_model(Masked(fill), MASKED, read_recipe(None, {"model": {"allow_none": True}}), Silent())
+    return source, made(source, directory)
+
+
+def test_what_is_infinite_in_pytorch_must_be_the_same_infinity(tmp_path: Path) -> None:
+    source, verdict = of_masked(-np.inf, tmp_path)
+    assert verdict, verdict.failures
+    assert not any("NaN" in note for note in verdict.notes)
+    for fill in (-1e30, np.inf):
+        of_masked(fill, tmp_path)
+        verdict = judged_by_its_outputs_alone(source, tmp_path / "fp32.onnx")
+        assert not verdict
+        assert any("values are not the infinity that PyTorch's are" in failure for failure in verdict.failures)
+
+
+def test_a_bundle_keeps_infinite_truths_and_holds_outputs_to_them(tmp_path: Path) -> None:
+    source, _ = of_masked(-np.inf, tmp_path)
+    arrays = source.selftest(["fp32"])
+    assert any(np.isneginf(array).any() for name, array in arrays.items() if "/output/" in name)
+    model = Masked(-np.inf)
+
+    def run(inputs: dict[str, Any], fill: float) -> dict[str, Any]:
+        model.fill = fill
+        return {"output": model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()}
+
+    assert selftest.failures(arrays, "fp32", lambda inputs: run(inputs, -np.inf)) == []
+    for fill in (-1e30, np.inf, np.nan):
+        assert selftest.failures(arrays, "fp32", lambda inputs, fill=fill: run(inputs, fill))
+
+
+class Echo(nn.Module):
+    def forward(self, x: Tensor, words: Tensor) -> dict[str, Tensor]:
+        return {"x": x, "words": words, "twice": x * words[..., None]}
+
+
+def test_an_output_with_the_name_of_an_input_is_judged_under_another(tmp_path: Path) -> None:
+    samples = [sample | {"words": torch.arange(sample["x"][..., 0].numel()).reshape(sample["x"].shape[:2])} for sample in XS]
+    source = read_model(Echo(), samples, read_recipe(None, {"model": {"allow_none": True}}), Silent())
+    assert [tensor.name for tensor in source.signature.outputs] == ["x_out", "words_out", "twice"]
+    assert {group.family for group in made(source, tmp_path).groups} == {"x_out", "words_out", "twice"}
 
 
 # ---- the truth of models that cast
