@@ -145,7 +145,8 @@ def _request(directory: Path, manifest: Manifest, model: ModelEntry, wanted: Eng
 
 
 def _entry(manifest: Manifest, model: ModelEntry, wanted: EnginePlan, file: str, built: Built) -> EngineEntry:
-    each = sum(2 * layer.calls * (layer.spec.depth or 1) for layer in manifest.layers)
+    ordinary = [layer for layer in manifest.layers if not layer.spec.kin.absorbed]  # of the others some forms have none
+    each = sum(2 * layer.calls * (layer.spec.depth or 1) for layer in ordinary)
     attentions = each * len(wanted.profiles)  # the log lists every profile's kernels
     fused, evidence = build_log.judge_fusion(built.log, attentions, _map_bytes(manifest, wanted))
     return EngineEntry(

@@ -86,12 +86,14 @@ def judge_fusion(log: BuildLog, attentions: int, map_bytes: int) -> tuple[bool |
 
     Args:
         log: of the build.
-        attentions: in the graph: two for each layer.
+        attentions: in the graph: two for each layer, and none where the family's form has no ordinary ones.
         map_bytes: of one attention map at the largest shapes, in the model's precision.
 
     Returns:
         True, False or None for unknown; and what the answer rests on.
     """
+    if not attentions:
+        return None, "unknown"
     if log.fused_attentions is not None:
         return log.fused_attentions >= attentions, "log"
     if log.scratch_bytes is not None and log.scratch_bytes < map_bytes:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from bca_deploy.layers.lowered_attention import Extras, Linear
 from bca_deploy.spec import AbsorbedForm, LayerSpec, Runtime
 
-# TensorRT-RTX 1.7.1, fp16, x of 5,000 and 22,223 rows: flat has the least scratch memory up to 128 rows of context, and at 256
-# twice that of loopq in a batch of 4. On the CPU it is the fastest, or within 4 % of it (docs/models.md).
-_FLAT_UP_TO = 128
+#: TensorRT-RTX 1.7.1, fp16, x of 5,000 and 22,223 rows: flat has the least scratch memory up to 128 rows of context, and at 256
+#: twice that of loopq in a batch of 4. On the CPU it is the fastest, or within 4 % of it (docs/models.md).
+FLAT_UP_TO = 128
 
 
 class AbsorbedAttention(nn.Module):
@@ -117,4 +117,4 @@ def absorbed_form(runtime: Runtime, context_len: int) -> AbsorbedForm:
         runtime: what runs it.
         context_len: the most rows of ``context``.
     """
-    return "flat" if runtime == "onnxruntime-cpu" or context_len <= _FLAT_UP_TO else "loopq"
+    return "flat" if runtime == "onnxruntime-cpu" or context_len <= FLAT_UP_TO else "loopq"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bca_deploy.errors import ExportError
-from bca_deploy.layers.absorbed import absorbed_form
+from bca_deploy.layers.absorbed import FLAT_UP_TO, absorbed_form
 from bca_deploy.spec import INPUT_NAMES, MASK_NAMES, Lowering, Runtime
 from bca_deploy.whole.find import Found
 from bca_deploy.whole.samples import Sample, named_outputs
@@ -31,6 +31,7 @@ class Use:
         lengths: of ``x`` and of ``context`` in the longest of the calls; of absorbed projections at the largest declared sizes.
         on_cpu: the form in the graph for onnxruntime on the CPU, where somebody chose it.
         on_engine: that of absorbed projections in the graph for engines, where the builder's memory chose it.
+        why: what it was chosen by.
     """
 
     calls: int
@@ -40,6 +41,7 @@ class Use:
     lengths: tuple[int, int] = field(default=(1, 1), compare=False)
     on_cpu: Lowering | None = None
     on_engine: Lowering | None = None
+    why: str | None = None
 
     def lowering(self, found: Found, runtime: Runtime = "portable") -> Lowering:
         """Return the form that the layer takes in a graph for a runtime."""
@@ -49,6 +51,12 @@ class Use:
         if self.maps or found.checkpoint.spec.talking_heads:
             return "reference"
         return self.on_cpu or "fused" if runtime == "onnxruntime-cpu" else "fused"
+
+    def reason(self, found: Found) -> str | None:
+        """Return what the form was chosen by; None where there is one alone."""
+        if not found.checkpoint.spec.kin.absorbed:
+            return None
+        return self.why or f"rule: flat up to {FLAT_UP_TO} rows of context and on the CPU, else loopq; here {self.lengths[1]}"
 
     def has_choice(self, found: Found) -> bool:
         """Whether the literal form could take the fused one's place."""
