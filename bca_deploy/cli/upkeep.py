@@ -71,7 +71,7 @@ def _show_entry(entry: Any, bundle: Path, as_json: bool) -> None:
 @app.command("refit")
 def refit_command(
     bundle: BundleArgument,
-    checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer, a file or a directory.")],
+    checkpoint: Annotated[Path, typer.Option(help="New weights of the same layer or model, a file or a directory.")],
     prefix: Annotated[str, typer.Option(help="Where the layer, or the model, is inside a bigger checkpoint.")] = "",
     model: ModelFlag = None,
     expect: Annotated[Path | None, typer.Option(help="Sample .npz of the new weights, in place of the bundle's.")] = None,

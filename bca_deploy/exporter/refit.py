@@ -1,4 +1,4 @@
-"""`bca refit`: new weights for the same layer, through the whole bundle: models, parity, self-test and engines together."""
+"""`bca refit`: new weights for the same layer or model, through the whole bundle: models, parity, self-test and engines."""
 
 import copy
 from collections.abc import Callable
@@ -21,6 +21,9 @@ from bca_deploy.exporter import models
 from bca_deploy.exporter.layer_source import LayerSource
 from bca_deploy.exporter.model_source import read_again
 from bca_deploy.exporter.plan import Plan, recipe_of, source_of
+from bca_deploy.exporter.recipe import Recipe
+from bca_deploy.exporter.source import Source
+from bca_deploy.exporter.wholes.trace_source import with_weights
 from bca_deploy.layers.checkpoint import Checkpoint, load
 from bca_deploy.layers.isolation import plain_torch
 from bca_deploy.parity import user_sample
@@ -48,7 +51,7 @@ def refit(
         bundle: its directory or archive; it is replaced whole, or not at all.
         checkpoint: the new weights; the layer must be the same.
         prefix: where the layer, or the whole model, is inside a bigger checkpoint.
-        model: a whole model, whose code is not in its bundle; the checkpoint is loaded, strictly, into a copy.
+        model: a whole model's code, where its bundle cannot do without; the checkpoint is loaded, strictly, into a copy.
         sample: ``.npz`` of inputs and outputs of the new weights, in place of the one that the bundle keeps.
         drop_sample: go without, though the bundle keeps one of the old weights.
         progress: told about stages and cases.
@@ -82,6 +85,12 @@ def _work(
     bundle: Bundle, path: Path, prefix: str, model: nn.Module | None, kept: tuple[str | Path | None, bool], clock: Clock
 ) -> tuple[Plan, _Make]:
     """Return the plan of the bundle with the new weights, and what makes its models."""
+    if model is None and bundle.manifest.interface is None:
+        if kept != (None, False):
+            raise InputError(
+                "--expect and --drop-expect are of bundles of a bare layer; a whole model's samples stay what they are"
+            )
+        return _remade(bundle, *with_weights(bundle, path, prefix), clock)
     if model is None:
         layer = _layer(bundle, path, prefix, *kept)
         plan = Plan(recipe_of(bundle), layer, bundle.directory, force=True)
@@ -91,8 +100,12 @@ def _work(
     recipe, source = read_again(bundle, renewed, clock.progress)
     if [(e.path, e.spec) for e in source.layers] != [(e.path, e.spec) for e in bundle.manifest.layers]:
         raise InputError("the model has other layers than the bundle; export it as a new bundle")
-    whole = Plan(recipe, source, bundle.directory, force=True)
-    return whole, lambda entry, directory: models.make_model(whole, entry.precision, entry.runtime, directory, clock)
+    return _remade(bundle, recipe, source, clock)
+
+
+def _remade(bundle: Bundle, recipe: Recipe, source: Source, clock: Clock) -> tuple[Plan, _Make]:
+    plan = Plan(recipe, source, bundle.directory, force=True)
+    return plan, lambda entry, directory: models.make_model(plan, entry.precision, entry.runtime, directory, clock)
 
 
 def _refitted(plan: Plan, layer: LayerSource, model: ModelEntry, directory: Path, clock: Clock) -> tuple[ModelEntry, Verdict]:

@@ -66,7 +66,8 @@ class LayerNormalization(OpRun):
         return (normal if bias is None else normal + bias).astype(x.dtype), mean, inverse
 
 
-_OPERATORS = [MatMul, Softmax, Sigmoid, ReduceSum, LayerNormalization]
+#: What it replaces of onnx's own.
+OPERATORS: list[type[OpRun]] = [MatMul, Softmax, Sigmoid, ReduceSum, LayerNormalization]
 
 
 def strict_runner(model: onnx.ModelProto) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
@@ -75,7 +76,7 @@ def strict_runner(model: onnx.ModelProto) -> Callable[[Mapping[str, Array]], dic
     Args:
         model: any model of ai.onnx operators; half and bfloat16 tensors are numpy's and ml_dtypes' types.
     """
-    evaluator = ReferenceEvaluator(model, new_ops=_OPERATORS)
+    evaluator = ReferenceEvaluator(model, new_ops=OPERATORS)
     names = [output.name for output in model.graph.output]
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -12,13 +12,14 @@ from bca_deploy.errors import InputError
 from bca_deploy.layers.lowered_model import DTYPES
 from bca_deploy.signature import Dims
 from bca_deploy.spec import DTYPE_OF, Precision, Runtime
-from bca_deploy.tracing.graph import Traceable, convert
+from bca_deploy.tracing.graph import Traceable, simplify, trace_module
 from bca_deploy.tracing.half import round_outputs, widen
 from bca_deploy.tracing.program import Program
 from bca_deploy.whole.draws import Draws
 from bca_deploy.whole.find import Found
 from bca_deploy.whole.samples import cast, rooted
-from bca_deploy.whole.swap import Use, swap
+from bca_deploy.whole.swap import swap
+from bca_deploy.whole.uses import Use
 
 # Sizes to trace with.
 _SIZES = (3, 6, 5, 7, 9, 10, 11, 13, 17, 19, 21, 23)
@@ -46,8 +47,8 @@ class Subject:
     dims: Dims
     outputs: tuple[str, ...]
 
-    def graph(self, precision: Precision, runtime: Runtime, opset: int, keep_io_types: bool) -> tuple[ir.Model, Program]:
-        """Return the graph of the swapped model with its layers' outputs after its own, and what it was made from."""
+    def trace(self, precision: Precision, runtime: Runtime, opset: int, keep_io_types: bool) -> tuple[ir.Model, Program]:
+        """Return the trace of the swapped model with its layers' outputs after its own, and what it was made from."""
         swapped, inside = swap(self.model, self.founds, self.uses, precision, runtime), DTYPES[precision]
         edge = torch.float32 if keep_io_types else inside
         root = rooted(swapped.model, self._inputs, swapped.taps.tensors, inside, edge)
@@ -55,14 +56,8 @@ class Subject:
         with torch.no_grad():
             root(**{name: t.clone() for name, t in traceable.inputs.items()})
         swapped.check_called()
-        traceable = replace(traceable, outputs=(*self.outputs, *swapped.taps.tensors))
-        graph, program = convert(traceable, opset, runtime=runtime)
-        _refuse_random_nodes(graph)
-        if precision != "fp32":
-            widen(graph)
-        if edge != torch.float32:
-            round_outputs(graph, ir.DataType[DTYPE_OF[precision].upper()])
-        return graph, program
+        program, traced = trace_module(replace(traceable, outputs=(*self.outputs, *swapped.taps.tensors)), opset)
+        return traced, program
 
     @property
     def _inputs(self) -> list[str]:
@@ -73,6 +68,22 @@ class Subject:
         arrays = self.draws.inputs(distinct_sizes(self.dims), "padded", 0, precision)
         inputs = {name: cast(torch.from_numpy(array), edge) for name, array in arrays.items()}
         return Traceable(root, inputs, axes, self.dims, self.outputs)
+
+
+def graph_of(traced: ir.Model, precision: Precision, runtime: Runtime, opset: int, keep_io_types: bool) -> ir.Model:
+    """Turn a trace, in place, into the graph that is written; arguments as it was traced with.
+
+    Raises:
+        InputError: it draws random numbers.
+        ExportError: as for :func:`bca_deploy.tracing.graph.simplify`.
+    """
+    graph = simplify(traced, opset, runtime=runtime)
+    _refuse_random_nodes(graph)
+    if precision != "fp32":
+        widen(graph)
+        if not keep_io_types:
+            round_outputs(graph, ir.DataType[DTYPE_OF[precision].upper()])
+    return graph
 
 
 def distinct_sizes(dims: Dims) -> dict[str, int]:

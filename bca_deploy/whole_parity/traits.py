@@ -12,7 +12,7 @@ from torch import nn
 from bca_deploy.errors import InputError
 from bca_deploy.signature import Dims, Signature, Tensor
 from bca_deploy.whole.draws import Draws, Pattern
-from bca_deploy.whole_parity.evaluate import Evaluator
+from bca_deploy.whole_parity.yardstick import Runs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -34,7 +34,7 @@ class Laboratory:
     """
 
     model: nn.Module
-    evaluator: Evaluator
+    evaluator: Runs
     draws: Draws
 
     def run(self, inputs: Arrays) -> Arrays:
@@ -46,6 +46,13 @@ class Laboratory:
         signature = replace(signature, batch=self._batch(signature))
         signature = replace(signature, masks=self._masks(signature))
         return replace(signature, inputs=tuple(self._filled(tensor, signature) for tensor in signature.inputs))
+
+    def broken(self, signature: Signature) -> list[str]:
+        """Return what a signature says and the model, with other weights than it was found out with, no longer does."""
+        batch = [] if signature.batch is None or self._apart(signature.batch, signature) else [signature.batch]
+        found = [f"entries of {dim} know of each other" for dim in batch]
+        shown = [dim for dim in signature.masks if not self._hides(dim, signature.masks, signature)]
+        return [*found, *(f"{signature.masks[dim]} no longer hides the padding of {dim}" for dim in shown)]
 
     def _batch(self, signature: Signature) -> str | None:
         """Return the dimension whose entries do not know of each other: each alone gives the same as in the batch."""

@@ -1,15 +1,15 @@
 """What every graph of one precision is held against: the model in float64, and what PyTorch makes of it beside that."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bca_deploy.errors import InputError
 from bca_deploy.layers.lowered_model import DTYPES
@@ -23,6 +23,7 @@ Arrays = dict[str, NDArray[Any]]
 
 # Sums in order beside eager, for the bounds that a bundle keeps: each is a hundred times slower than eager.
 _KEPT_ORDERS = 1
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
 # How many cases tell what rounding the weights does.
 _CHANGES = 4
 
@@ -79,6 +80,19 @@ def _flat(array: NDArray[Any]) -> NDArray[Any]:
     return np.atleast_1d(array)
 
 
+class Runs(Protocol):
+    """A model at one precision, as :class:`bca_deploy.whole_parity.evaluate.Evaluator` has it in PyTorch."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], order: int | None = None) -> Evaluation:
+        """Run it; sums in an order, or as they come."""
+
+    def run_as_usual(self, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
+        """Run it as users do."""
+
+    def run_with_bias_apart(self, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
+        """Run it with biases added to rounded products."""
+
+
 class Yardstick:
     """What every graph of one precision is held against.
 
@@ -87,6 +101,10 @@ class Yardstick:
         founds: its layers.
         precision: of the graphs.
     """
+
+    _exact: Runs
+    _rounded: Runs
+    _unrounded: Runs | None
 
     def __init__(self, model: nn.Module, founds: Sequence[Found], precision: Precision) -> None:
         dtype = DTYPES[precision]
@@ -98,7 +116,7 @@ class Yardstick:
         self._exact = Evaluator(rounded, founds, torch.float64)
         self._rounded = Evaluator(rounded, founds, dtype)
         self._layers = {found.path: found.checkpoint.module(torch.float64) for found in founds}
-        self._widest = max((tensor[0].numel() for tensor in model.state_dict().values() if tensor.ndim > 1), default=1)
+        self._widest = widest_product(model.state_dict())
 
     def hearings(self, inputs: Arrays, orders: int) -> dict[str, Hearing]:
         """Return for every output and every tap what it is held against."""
@@ -109,7 +127,7 @@ class Yardstick:
         in_order = [self._rounded.run(inputs, order).with_taps() for order in range(orders)]
         if len(self._changes) < _CHANGES:
             self._changes.append(self._change(inputs, truth))
-        live, slack = live_of(truth), self._slack(truth)
+        live, slack = self._live(truth), self.slack(truth)
         trues, peers = truth.with_taps(), [eager.with_taps()]
         if self.precision != "fp32":  # there a second rounding is as large as the first
             peers.append(self._rounded.run_with_bias_apart(inputs).with_taps())
@@ -129,6 +147,20 @@ class Yardstick:
             return {}, {}
         return truth.outputs, {name: _bound(name, hearings[name].trial) for name in truth.outputs}
 
+    def check_range(self, inputs: Arrays, name: str) -> None:
+        """Refuse inputs at which a layer's logits leave float16: every form of it gives NaN there, PyTorch's too.
+
+        Raises:
+            InputError: naming the layer, what its logits reach, and ``name``.
+        """
+        for call in self._exact.run(inputs).calls:
+            reached = call.largest_logit(self._layers[call.path])
+            if reached > _FLOAT16_MAX:
+                raise InputError(
+                    f"precision fp16: the logits of {call.path or 'the layer'} reach {reached:.3g} in {name}, and float16 ends at "
+                    f"{_FLOAT16_MAX:g}; take bf16 or fp32"
+                )
+
     def weight_rounding(self) -> float:
         """Return the RMS change of the outputs, relative, that rounding the weights makes in the first cases."""
         return float(np.mean(self._changes)) if self._changes else 0.0
@@ -140,10 +172,25 @@ class Yardstick:
         pairs = [(_finite(truth.outputs[name]), _finite(a)) for name, a in exact.items()]
         return float(np.sqrt(np.mean([np.mean((rounded - a) ** 2) / mean_square(a) for rounded, a in pairs])))
 
-    def _slack(self, truth: Evaluation) -> float:
+    def truth(self, inputs: Arrays) -> Evaluation:
+        """Return the model in float64."""
+        return self._exact.run(inputs)
+
+    def _live(self, truth: Evaluation) -> Arrays:
+        return live_of(truth)
+
+    def _logit(self, truth: Evaluation) -> float:
+        return largest_logit(truth, self._layers)
+
+    def slack(self, truth: Evaluation) -> float:
         """As :func:`bca_deploy.parity.trial.roundoff_slack`, with the model's widest product."""
-        logits = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[self.precision] * (1 + largest_logit(truth, self._layers))
+        logits = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[self.precision] * (1 + self._logit(truth))
         return logits + UNIT_ROUNDOFF["fp32"] * float(np.sqrt(self._widest / 6))
+
+
+def widest_product(weights: Mapping[str, Tensor]) -> int:
+    """Return how many terms a model's longest product sums."""
+    return max((tensor[0].numel() for tensor in weights.values() if tensor.ndim > 1 and len(tensor)), default=1)
 
 
 def _bound(name: str, trial: Trial) -> float:
