@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 #: The wings in stage order; the first is the ground line.
-WINGS = ("", "bundle", "timing", "layers", "layers/stored", "engines", "parity", "tracing", "whole", "whole_parity")
+WINGS = ("", "bundle", "timing", "layers", "layers/stored", "engines", "parity", "tracing", "programs", "whole", "whole_parity")
 WINGS += ("exporter", "exporter/wholes", "session", "session/backends", "benchmarking", "serving", "packaging", "cli")
 
 

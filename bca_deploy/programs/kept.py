@@ -44,10 +44,10 @@ class Call:
     constants: Mapping[str, Any]
     outside: tuple[_Shape | None, ...]
 
-    def run(self, given: Mapping[str, Any], outside: Sequence[Any]) -> Any:
+    def run(self, given: Mapping[str, Any], outside: Sequence[Any] | None = None) -> Any:
         """Run it with these tensors by name; masks and a bias that are not given change nothing."""
         tensors = self._completed(given)
-        values = iter(outside or self._made_up(tensors))
+        values = iter(self._made_up(tensors) if outside is None else outside)
         everything = {**self.constants, **tensors}
         return self.piece.run([everything[name] if name else next(values) for name in self.order])
 
@@ -171,12 +171,12 @@ class Kept(Piece):
         batch = next(iter(call.shapes.values()))[0]
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         if not isinstance(batch, sympy.Integer):
-            return tuple(call.run(tensors, ()))
+            return tuple(call.run(tensors))
         entries = [
             {name: t if name == "rel_pos_bias" else t[at : at + 1] for name, t in tensors.items()}
             for at in range(next(iter(tensors.values())).shape[0])
         ]
-        outputs = zip(*(call.run(entry, ()) for entry in entries), strict=True)
+        outputs = zip(*(call.run(entry) for entry in entries), strict=True)
         return tuple(None if None in each else torch.cat(each) for each in map(list, outputs))
 
     def _with_unused(self, outputs: Sequence[Tensor | None], given: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -214,8 +214,3 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         load_into(model(), tmp_path / "a.h5")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_into(model(), tmp_path / "b.pt")
-
-
-def test_an_exported_program_is_refused_with_the_way_out() -> None:
-    with pytest.raises(InputError, match=r"exported programs are not read; give the code that made it"):
-        make("some/model.pt2")
