@@ -95,7 +95,7 @@ NAMES = {"x", "x_len", "context_len", "context_mask", "mask", "context"}
 #: Where one of these words is another thing.
 OTHERS = {
     "bca_deploy/serving/endpoints.py": {"context"},  # gRPC's, of a call
-    "bca_deploy/serving/guards.py": {"context"},
+    "bca_deploy/serving/grpc_server.py": {"context"},
     "bca_deploy/session/backends/engine_lane.py": {"context"},  # TensorRT's, of an execution
     "bca_deploy/session/backends/loaded_engine.py": {"context"},
     "bca_deploy/session/session.py": {"context"},  # the variables of a task

@@ -1,51 +1,93 @@
-"""Around every request, on REST and gRPC alike: the token, the access log, and from an error to the protocol's status."""
+"""Around every request, on REST and gRPC alike: the token, the places, the access log, and from an error to a status."""
 
 import hmac
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from grpc_interceptor import AsyncServerInterceptor
 from kserve.errors import ModelNotFound, ModelNotReady
 from starlette.exceptions import HTTPException
 
-from bca_deploy.errors import InputError
-from bca_deploy.serving.queue import BusyError
+from bca_deploy.errors import BcaError, InputError
+from bca_deploy.serving.flight import BusyError, Flight
 
 access = logging.getLogger("bca_deploy.access")
 _log = logging.getLogger("bca_deploy.serving.server")
 
+#: Methods that have a label of their own; a client may send any word of any length, and each label stays for good.
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+#: The label, and the name in the log, of all others, and of gRPC methods that are not served.
+OTHER = "other"
 #: gRPC sends messages in headers, which hold little; a client's own names may be long.
 _LONGEST_MESSAGE = 1000
-#: Probes ask without a token.
+#: Characters of a field in the access log, and of a line and lines of a traceback in the server's own.
+_LONGEST_FIELD, _LONGEST_LINE, _MOST_LINES = 200, 500, 100
+#: Probes ask without a token, and find a place where nobody else does.
 _OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
-_OPEN_METHODS = ("ServerLive", "ServerReady")
+#: Bytes of an answer that is sent in one piece; the end of a longer one waits until the client has taken most of it.
+_SMALL_ANSWER = 64 * 1024
+
+
+class UnauthenticatedError(BcaError):
+    """Not the token that this server asks for."""
+
+
+class NotFoundError(BcaError):
+    """Something that this server has not, by its name."""
+
+
+class StoppingError(BcaError):
+    """The server ends."""
+
 
 #: What an error means to HTTP and to gRPC. A missing text is the error's own.
 _VERDICTS: tuple[tuple[type[Exception], int, StatusCode, str | None], ...] = (
+    (UnauthenticatedError, 401, StatusCode.UNAUTHENTICATED, "a valid bearer token is needed"),
+    (StoppingError, 503, StatusCode.UNAVAILABLE, "the server is stopping; ask another replica"),
     (InputError, 400, StatusCode.INVALID_ARGUMENT, None),
     (BusyError, 429, StatusCode.RESOURCE_EXHAUSTED, None),
     (TimeoutError, 504, StatusCode.DEADLINE_EXCEEDED, "the request was not answered before the server's deadline"),
+    (NotFoundError, 404, StatusCode.NOT_FOUND, None),
     (ModelNotFound, 404, StatusCode.NOT_FOUND, None),
     (ModelNotReady, 503, StatusCode.UNAVAILABLE, "the model is not ready"),
     (NotImplementedError, 501, StatusCode.UNIMPLEMENTED, None),
     (Exception, 500, StatusCode.INTERNAL, "the server failed; its log says why"),
 )
+#: What HTTP wants beside a status.
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    415: {"Accept-Encoding": "identity"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 
 
-def _verdict(error: Exception) -> tuple[int, StatusCode, str]:
-    """Return the HTTP status, the gRPC status and the message for an error."""
+def verdict(error: Exception) -> tuple[int, StatusCode, str]:
+    """Return the HTTP status, the gRPC status and the message for an error; one that nobody expected is logged."""
     if isinstance(error, HTTPException):
-        return error.status_code, StatusCode.UNKNOWN, error.detail
+        return error.status_code, StatusCode.UNKNOWN, cut(error.detail, _LONGEST_MESSAGE)
     http, grpc, text = next(rest for kind, *rest in _VERDICTS if isinstance(error, kind))
-    text = text or getattr(error, "reason", str(error))  # KServe's keep their text there
-    return http, grpc, text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
+    if http == 500:
+        _log.error("request failed\n%s", _trace(error))
+    return http, grpc, cut(text or getattr(error, "reason", str(error)), _LONGEST_MESSAGE)  # KServe's keep their text there
+
+
+def cut(text: str, longest: int) -> str:
+    """Return the text, or its beginning where it is longer."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def _trace(error: Exception) -> str:
+    """Return the traceback, whatever a client has put into the error's text, and however deep it comes from."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    kept = lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES // 2], "...", *lines[-_MOST_LINES // 2 :]]
+    return "\n".join(cut(line, _LONGEST_LINE) for line in kept)
 
 
 class Guard:
@@ -53,22 +95,30 @@ class Guard:
 
     Args:
         token: that requests must carry; None asks for none.
+        flight: the places.
     """
 
-    def __init__(self, token: str | None) -> None:
-        self._token = f"Bearer {token}".encode() if token is not None else None
+    def __init__(self, token: str | None, flight: Flight) -> None:
+        self._token = token.encode() if token is not None else None
+        self.flight = flight
         self.requests: Counter[tuple[str, str]] = Counter()
-        #: gRPC calls under way; and whether new ones are refused.
-        self.calls, self.stopping = 0, False
 
-    def admits(self, given: bytes) -> bool:
-        """Whether an ``authorization`` value is the right one, in a time that tells nothing about it."""
-        return self._token is None or hmac.compare_digest(given, self._token)
+    def check_token(self, given: bytes) -> None:
+        """Refuse an ``authorization`` value that is not the right one, in a time that tells nothing about it.
 
-    def log(self, peer: str, what: str, status: str, start: float) -> None:
-        """Write a line of the access log and count the request."""
-        self.requests[what.split(" ", 1)[0], status] += 1
-        access.info("%s %s %s %.1f ms", peer, what, status, (time.perf_counter() - start) * 1e3)
+        Raises:
+            UnauthenticatedError: it is not.
+        """
+        scheme, _, token = given.partition(b" ")
+        if self._token is None or (hmac.compare_digest(token.strip(b" "), self._token) and scheme.lower() == b"bearer"):
+            return
+        raise UnauthenticatedError
+
+    def log(self, peer: str, kind: str, what: str, status: str, start: float) -> None:
+        """Write a line of the access log and count the request. Kind and status are words of ours, the rest is cut."""
+        self.requests[kind, status] += 1
+        fields = (cut(peer, _LONGEST_FIELD), kind, cut(what, _LONGEST_FIELD), status)
+        access.info("%s %s %s %s %.1f ms", *fields, (time.perf_counter() - start) * 1e3)
 
 
 Scope = dict[str, Any]
@@ -76,7 +126,7 @@ App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 
 class RestGuard:
-    """ASGI middleware."""
+    """ASGI middleware. Endpoints find the request's place as ``scope["place"]``."""
 
     def __init__(self, app: App, guard: Guard) -> None:
         self._app, self._guard = app, guard
@@ -92,30 +142,48 @@ class RestGuard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-            await send(message)
+            await _send_counted(message, scope, send)
 
         try:
-            await self._admitted(scope)(scope, receive, noting)
+            await self._pass(scope, receive, noting)
         except Exception as error:
             if status != "closed":  # an answer had begun, and no other can follow
                 raise
             await _answer(None, error)(scope, receive, noting)
         finally:
-            peer, path = (scope["client"] or ("-",))[0], scope["raw_path"].decode("latin-1")[:200]
-            self._guard.log(peer, f"{scope['method']} {path}", status, start)
+            kind = scope["method"] if scope["method"] in METHODS else OTHER
+            peer, path = (scope["client"] or ("-",))[0], scope["raw_path"].decode("latin-1")
+            self._guard.log(peer, kind, path, status, start)
 
-    def _admitted(self, scope: Scope) -> App:
-        if scope["path"] in _OPEN_PATHS or self._guard.admits(dict(scope["headers"]).get(b"authorization", b"")):
-            return self._app
-        return JSONResponse({"error": "a valid bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
+    async def _pass(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["path"] in _OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        self._guard.check_token(headers.get(b"authorization", b""))
+        if b"transfer-encoding" in headers and b"content-length" in headers:  # a proxy may have read the other one
+            text = "the request has both Transfer-Encoding and Content-Length; send one of them"
+            raise HTTPException(400, text, {"Connection": "close"})
+        with self._guard.flight.place() as scope["place"]:
+            await self._app(scope, receive, send)
+
+
+async def _send_counted(message: Any, scope: Scope, send: Any) -> None:
+    """Send a part of an answer. The last part of a long one returns when it is taken, so that its place is held until then."""
+    size, place = len(message.get("body", b"")), scope.get("place")
+    if place is not None:
+        place.owe(size)
+    if size > _SMALL_ANSWER and not message.get("more_body", False):
+        await send(message | {"more_body": True})
+        message = {"type": "http.response.body", "body": b""}
+    await send(message)
 
 
 def _answer(_: Any, error: Exception) -> JSONResponse:
     """Return an error's status and ``{"error": message}``."""
-    status, _, message = _verdict(error)
-    if status == 500:
-        _log.error("request failed", exc_info=error)
-    return JSONResponse({"error": message}, status, {"Retry-After": "1"} if status in (429, 503) else None)
+    status, _, message = verdict(error)
+    given = getattr(error, "headers", None) or {}  # such as the methods that are allowed
+    return JSONResponse({"error": message}, status, {**given, **_HEADERS.get(status, {})})
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -123,62 +191,3 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _answer)
     for expected, *_ in _VERDICTS[:-1]:
         app.add_exception_handler(expected, _answer)
-
-
-class GrpcGuard(AsyncServerInterceptor):
-    """gRPC interceptor."""
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Let bytes that are no message of the protocol come as far as ``intercept``; gRPC would call them an error of ours."""
-
-        async def tolerant(details: Any) -> Any:
-            handler = await continuation(details)
-            return handler and handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
-
-        return await super().intercept_service(tolerant, handler_call_details)  # type: ignore[no-untyped-call]
-
-    async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
-        """Let one call through, or not."""
-        start, status, name = time.perf_counter(), StatusCode.CANCELLED, method_name.rsplit("/", 1)[-1]
-        self._guard.calls += 1
-        try:
-            if self._guard.stopping:
-                status = StatusCode.UNAVAILABLE
-                return _refused(context, status, "the server is stopping; ask another replica")
-            given = dict(context.invocation_metadata()).get("authorization", "")
-            if name not in _OPEN_METHODS and not self._guard.admits(given.encode("latin-1", "replace")):
-                status = StatusCode.UNAUTHENTICATED
-                return _refused(context, status, "a valid bearer token is needed")
-            try:
-                if isinstance(request_or_iterator, Exception):
-                    raise request_or_iterator
-                answer = await method(request_or_iterator, context)
-            except Exception as error:
-                _, status, message = _verdict(error)
-                if status is StatusCode.INTERNAL:
-                    _log.exception("request failed")
-                return _refused(context, status, message)
-            status = StatusCode.OK
-            return answer
-        finally:
-            self._guard.calls -= 1
-            self._guard.log(context.peer(), f"grpc {name}", status.name, start)
-
-
-def _refused(context: Any, status: StatusCode, message: str) -> None:
-    """Set the status. ``abort`` would raise an error whose traceback holds the request until the next collection."""
-    context.set_code(status)
-    context.set_details(message)
-
-
-def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def parse_or_tell(sent: bytes) -> Any:
-        try:
-            return parse(sent)
-        except DecodeError:
-            return InputError(f"these {len(sent)} bytes are no message of the Open Inference Protocol; send its protobuf")
-
-    return parse_or_tell

@@ -16,6 +16,8 @@ from bca_deploy.errors import InputError, nearest
 
 Array = NDArray[Any]
 
+#: Of the model; there is one, and the protocol lets a client name it.
+VERSION = "1"
 #: The protocol's element types and numpy's. The session says which of them a model takes.
 NUMPY = {
     "BOOL": "bool",

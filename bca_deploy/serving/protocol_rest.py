@@ -10,7 +10,8 @@ from bca_deploy.serving import protocol
 
 #: What JSON's values are called, by the types that they come as.
 _JSON = {
-    **dict.fromkeys((int, float, bool), "numbers"),
+    **dict.fromkeys((int, float), "numbers"),
+    bool: "true and false",
     str: "text",
     type(None): "null",
     dict: "an object",
@@ -46,7 +47,7 @@ class _Body(BaseModel):
     parameters: _Parameters = _Parameters()
 
 
-def from_rest(body: bytes, header_length: str | None) -> protocol.Request:
+def from_rest(body: bytes | bytearray, header_length: str | None) -> protocol.Request:
     """Read the body of a REST request: JSON, and after its first ``header_length`` bytes the binary tensors.
 
     Raises:
@@ -78,7 +79,7 @@ def _header_length(given: str | None, body: int) -> int:
     return int(given)
 
 
-def _parse(text: bytes) -> _Body:
+def _parse(text: bytes | bytearray) -> _Body:
     import orjson
 
     try:
@@ -96,7 +97,7 @@ def _from_rest(tensor: _Tensor, binary: memoryview) -> tuple[protocol.Array, mem
     if size is None:
         if tensor.data is None:
             raise InputError(f"input {tensor.name} has neither data nor a binary_data_size")
-        return protocol.from_values(tensor.name, dtype, tensor.shape, _flat(tensor.name, tensor.data)), binary
+        return protocol.from_values(tensor.name, dtype, tensor.shape, _flat(tensor)), binary
     if tensor.data is not None:
         raise InputError(f"input {tensor.name} has both data and a binary_data_size; give one of them")
     if size > len(binary):
@@ -104,14 +105,24 @@ def _from_rest(tensor: _Tensor, binary: memoryview) -> tuple[protocol.Array, mem
     return protocol.from_bytes(tensor.name, dtype, tensor.shape, binary[:size]), binary[size:]
 
 
-def _flat(name: str, data: Any) -> protocol.Array:
+def _flat(tensor: _Tensor) -> protocol.Array:
+    """Return the values in a row; nested otherwise than the shape says they would be another tensor, such as its transpose."""
     # As it came: one string among numbers would make a long one of each.
-    cells = np.array(data, dtype=object).reshape(-1).tolist()
+    nested = np.array(tensor.data, dtype=object)
+    cells = nested.reshape(-1).tolist()
     kinds = {_JSON[kind] for kind in set(map(type, cells))}
     if "a list" in kinds:
-        raise InputError(f"input {name}: data is ragged or too deep; give a flat list, or one nested as the shape says")
-    if other := kinds - {"numbers"}:
-        raise InputError(f"input {name}: its data hold {', '.join(sorted(other))}; give numbers, true and false alone")
+        raise InputError(f"input {tensor.name}: data is ragged or too deep; give a flat list, or one nested as the shape says")
+    if others := kinds - {"numbers", "true and false"}:
+        said = ", ".join(sorted(others))
+        raise InputError(f"input {tensor.name}: its data hold {said}; give numbers, true and false alone")
+    if len(kinds) > 1:
+        raise InputError(f"input {tensor.name}: its data hold numbers and true or false; give one kind alone")
+    if cells and nested.ndim != 1 and list(nested.shape) != tensor.shape:
+        raise InputError(
+            f"input {tensor.name}: data is nested as {list(nested.shape)}, and its shape is {tensor.shape[:9]}; "
+            "give a flat list, or one nested as the shape says"
+        )
     return np.array(cells)
 
 
@@ -133,7 +144,8 @@ def to_rest(answer: protocol.Answer, model: str) -> tuple[bytes, int | None]:
         else:
             entry["data"] = _json(name, array)
         entries.append(entry)
-    head = orjson.dumps({"model_name": model, "id": answer.request.id, "outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY)
+    about = {"model_name": model, "model_version": protocol.VERSION, "id": answer.request.id}
+    head = orjson.dumps({**about, "outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join((head, *binary)), len(head) if binary else None
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from bca_deploy.errors import BcaError
+from bca_deploy.serving.flight import BusyError
 from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import cumulative
 
@@ -17,10 +17,6 @@ BOUNDS = (1, 2, 4, 8, 16, 32, 64)
 
 #: From checked requests to the outputs of each.
 Run = Callable[[Sequence[Prepared]], list[dict[str, Any]]]
-
-
-class BusyError(BcaError):
-    """The queue is full; try again later."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +175,12 @@ class Batcher:
         return None
 
 
-def queue_collector(batcher: Any, requests: Any) -> Any:
-    """Return a collector of a server's queue and of its answers.
+def queue_collector(batcher: Any, guard: Any) -> Any:
+    """Return a collector of a server's queue, of what is under way and of its answers.
 
     Args:
         batcher: the :class:`bca_deploy.serving.queue.Batcher`.
-        requests: counts by kind (an HTTP method, or ``grpc``) and status.
+        guard: the :class:`bca_deploy.serving.guards.Guard`.
     """
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
@@ -196,8 +192,10 @@ def queue_collector(batcher: Any, requests: Any) -> Any:
             )
             buckets = cumulative(BOUNDS, batcher.counts.sizes)
             yield HistogramMetricFamily("bca_batch_size", "requests that ran together", buckets, batcher.counts.requests)
+            yield GaugeMetricFamily("bca_in_flight_requests", "requests under way", guard.flight.requests)
+            yield GaugeMetricFamily("bca_in_flight_bytes", "bytes of these and of their answers", guard.flight.bytes)
             answers = CounterMetricFamily("bca_answers", "requests by kind and status", labels=["kind", "status"])
-            for labels, count in sorted(requests.items()):
+            for labels, count in sorted(guard.requests.items()):
                 answers.add_metric(labels, count)
             yield answers
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import ssl
@@ -16,6 +18,7 @@ from typing import Any
 
 from bca_deploy.errors import InputError
 from bca_deploy.optional import missing
+from bca_deploy.serving.flight import Flight
 from bca_deploy.serving.queue import Batcher, Limits, queue_collector
 from bca_deploy.session.contract import numpy_dtype
 from bca_deploy.session.metrics import prometheus_collector
@@ -23,9 +26,16 @@ from bca_deploy.session.opening import open_session
 from bca_deploy.session.session import Session
 from bca_deploy.spec import Precision
 
-#: Seconds for a client to read the last answer.
-READING_S = 0.5
+#: Requests under way at once, each of which is small until its body comes.
+MOST_REQUESTS = 1024
+#: Seconds without a request after which memory is given back.
+QUIET_S = 3.0
+#: The least that a server may hold of requests and answers at once, where nobody says how much.
+LEAST_IN_FLIGHT_BYTES = 64 * 2**20
 TOKEN_VARIABLE = "BCA_TOKEN"  # noqa: S105  (a name, not a token)
+
+#: Of mallopt, in glibc's malloc.h.
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 
 _log = logging.getLogger("bca_deploy.serving.server")
 
@@ -41,7 +51,10 @@ class Options:
         name: of the model in URLs.
         limits: of the queue; without a ``max_batch`` the one that suits the backend.
         max_body_bytes: of one request; None takes what the largest request that the bundle allows needs.
-        deadline_s: the longest that a request's body may take to arrive, and the request to be answered.
+        max_in_flight_bytes: of all requests under way and their answers, over which more requests are refused; None takes
+            four of the largest, at least ``LEAST_IN_FLIGHT_BYTES``.
+        max_connections_per_peer: REST connections from one address; None sets no limit.
+        deadline_s: the longest that a request's body may take to arrive, the request to be answered, and the client to take it.
         grace_s: the longest that stopping waits for requests under way.
         token: that clients must send; None for no check.
         tls: files of the certificate chain and of its key.
@@ -53,10 +66,21 @@ class Options:
     name: str = "bca"
     limits: Limits = field(default_factory=Limits)
     max_body_bytes: int | None = None
+    max_in_flight_bytes: int | None = None
+    max_connections_per_peer: int | None = None
     deadline_s: float = 30.0
     grace_s: float = 20.0
     token: str | None = None
     tls: tuple[Path, Path] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("max_delay_ms", self.limits.max_delay_ms, 60_000.0),
+            ("deadline_s", self.deadline_s, 86_400.0),
+            ("grace_s", self.grace_s, 86_400.0),
+        ):
+            if not 0 <= value <= most:  # which nan is not either
+                raise InputError(f"{name} is {value}; allowed 0 to {most:g}")
 
 
 def serve(
@@ -74,9 +98,12 @@ def serve(
         BcaError: as for :func:`bca_deploy.open`; the self-test is run as well before the first request is taken.
     """
     _import_kserve()
+    from bca_deploy.serving.rest_server import listen
+
     _check_tls(options.tls)
+    _keep_little()
     with (
-        _bind(options.host, options.http_port) as listening,
+        listen(options.host, options.http_port) as listening,
         open_session(bundle, backend, precision=precision, threads=threads, spinning=False) as session,
     ):
         session.selftest()
@@ -92,22 +119,6 @@ def _import_kserve() -> None:
         raise missing(error.name or "kserve", "serve") from error
     finally:
         sys.argv = kept
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's delay off only where the protocol is named; with it every answer would take 40 ms.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(512)
-    except OSError as error:
-        listening.close()
-        raise InputError(
-            f"{host} port {port} cannot be listened on: {error.strerror}; choose another port or address"
-        ) from error
-    return listening
 
 
 def _check_tls(tls: tuple[Path, Path] | None) -> None:
@@ -130,25 +141,34 @@ def read_token(file: Path | None) -> str | None:
     Raises:
         InputError: it is empty or not plain text.
     """
-    text = file.read_text(encoding="utf-8") if file else os.environ.get(TOKEN_VARIABLE)
+    text = file.read_text(encoding="latin-1") if file else os.environ.get(TOKEN_VARIABLE)
     if text is None:
         return None
     token = text.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise InputError(f"the token in {file or TOKEN_VARIABLE} must be one word of ASCII characters; write a new one")
+    if not re.fullmatch(r"[!-~]{1,4096}", token):  # headers hold little more
+        raise InputError(
+            f"the token in {file or TOKEN_VARIABLE} must be one word of ASCII characters, at most 4096; write a new one"
+        )
     return token
 
 
 async def _serve(session: Session, options: Options, listening: socket.socket) -> None:
     from bca_deploy.serving import endpoints as serving
-    from bca_deploy.serving import guards
+    from bca_deploy.serving import grpc_server, guards
+    from bca_deploy.serving.rest_server import most_connections
 
-    size = options.max_body_bytes or largest_request(session)
+    size, held, most = *_sizes(session, options), most_connections()
     limits = replace(options.limits, max_batch=options.limits.max_batch or suitable_batch(session))
-    batcher, guard = Batcher(session.run_prepared, limits), guards.Guard(options.token)
-    plane = serving.plane_of(serving.BundleModel(options.name, session, batcher))
-    rest = _rest(serving.Endpoints(plane, size, options.deadline_s), guard, options)
-    grpc, grpc_port = await _start_grpc(serving.Servicer(plane, options.deadline_s), guards.GrpcGuard(guard), options, size)
+    batcher, guard = Batcher(session.run_prepared, limits), guards.Guard(options.token, Flight(MOST_REQUESTS, held))
+    plane = serving.Plane(serving.BundleModel(options.name, session, batcher))
+    rest = _rest(serving.Endpoints(plane, size, options.deadline_s), guard, options, most)
+    grpc = await grpc_server.start(
+        serving.Servicer(plane, options.deadline_s),
+        grpc_server.GrpcGuard(guard, size, options.deadline_s),
+        f"{_in_url(options.host)}:{options.grpc_port}",
+        options.tls,
+        grpc_server.Limits(size, most, reflection=options.token is None),
+    )
     with _collecting(session, batcher, guard, options.name):
         running = asyncio.create_task(rest.serve(sockets=[listening]))
         stop = _stop_signal()
@@ -156,26 +176,57 @@ async def _serve(session: Session, options: Options, listening: socket.socket) -
             await asyncio.sleep(0.005)
             if running.done():
                 running.result()  # it could not start
-        _announce(session, options, listening.getsockname()[1], grpc_port)
+        _announce(session, options, listening.getsockname()[1], grpc.port)
+        tidying = asyncio.create_task(_tidied(session, guard.flight))
         await asyncio.wait({asyncio.create_task(stop.wait()), batcher.worker}, return_when=asyncio.FIRST_COMPLETED)
         _log.warning("stopping: no new requests are taken, those under way are finished")
         rest.should_exit = True
-        await asyncio.gather(running, _stop_grpc(grpc, guard, options.grace_s))
+        tidying.cancel()
+        await asyncio.gather(running, grpc.stop(options.grace_s))
         await batcher.close()
 
 
-async def _stop_grpc(server: Any, guard: Any, grace_s: float) -> None:
-    """Stop when the calls under way are answered and their clients have had time to read.
+def _sizes(session: Session, options: Options) -> tuple[int, int]:
+    """Return the bytes that one request may have, and those of all that are under way."""
+    one = options.max_body_bytes or largest_request(session)
+    every = options.max_in_flight_bytes or max(4 * one, LEAST_IN_FLIGHT_BYTES)
+    if every < one:
+        raise InputError(
+            f"--max-in-flight-mib is {every >> 20}, and one request may have {one / 2**20:.1f} MiB; "
+            "raise it, or give a smaller --max-body-mib"
+        )
+    return one, every
 
-    gRPC closes a connection as soon as the kernel has the last answer, and what the client has sent by then resets it: an
-    answer that is not read yet would be lost.
+
+async def _tidied(session: Session, flight: Flight) -> None:
+    """Give memory back whenever a peak is over, which the allocators would keep for the next."""
+    tidied, before = 0, 0
+    while True:
+        await asyncio.sleep(QUIET_S)
+        if not flight.requests and tidied != flight.entered == before:
+            tidied = flight.entered
+            await asyncio.to_thread(_tidy, session)
+        before = flight.entered
+
+
+def _tidy(session: Session) -> None:
+    try:
+        session.trim()
+    except Exception:  # the next request finds what is wrong, and says so
+        _log.exception("the session's memory could not be given back")
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _keep_little() -> None:
+    """Tell glibc to give every large block back when it is freed, and not to scatter small ones over many arenas.
+
+    By itself it learns from large blocks to keep them, and after a burst half of that stays between what is in use.
     """
-    clock = asyncio.get_running_loop().time
-    end, guard.stopping = clock() + grace_s, True
-    while guard.calls and clock() < end:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(min(READING_S, max(end - clock(), 0)))
-    await server.stop(max(end - clock(), 0))
+    with contextlib.suppress(AttributeError):  # not glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2**20)
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 def _stop_signal() -> asyncio.Event:
@@ -189,7 +240,7 @@ def _stop_signal() -> asyncio.Event:
 def _collecting(session: Session, batcher: Batcher, guard: Any, name: str) -> Iterator[None]:
     from prometheus_client import REGISTRY
 
-    collectors = [prometheus_collector(session, {"model": name}), queue_collector(batcher, guard.requests)]
+    collectors = [prometheus_collector(session, {"model": name}), queue_collector(batcher, guard)]
     for collector in collectors:
         REGISTRY.register(collector)
     try:
@@ -199,61 +250,19 @@ def _collecting(session: Session, batcher: Batcher, guard: Any, name: str) -> It
             REGISTRY.unregister(collector)
 
 
-def _rest(endpoints: Any, guard: Any, options: Options) -> Any:
-    import uvicorn
+def _rest(endpoints: Any, guard: Any, options: Options, most: int) -> Any:
     from fastapi import FastAPI
 
     from bca_deploy.serving import endpoints as serving
     from bca_deploy.serving import guards
+    from bca_deploy.serving.rest_server import Connections, rest_server
 
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # a signal stops gRPC as well, so it is handled in one place
-
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_middleware(guards.RestGuard, guard=guard)
     guards.handle_errors(app)
     serving.add_routes(app, endpoints)
-    config = uvicorn.Config(
-        app,
-        http="h11",  # the other one takes headers without end
-        log_config=None,
-        access_log=False,  # serving/guards.py writes one for both protocols
-        lifespan="off",
-        ws="none",
-        limit_concurrency=1024,
-        timeout_graceful_shutdown=math.ceil(options.grace_s),
-        ssl_certfile=options.tls[0] if options.tls else None,
-        ssl_keyfile=options.tls[1] if options.tls else None,
-    )
-    return Server(config)
-
-
-async def _start_grpc(servicer: Any, guard: Any, options: Options, max_bytes: int) -> tuple[Any, int]:
-    import grpc
-    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-
-    most = min(max_bytes, 2**31 - 1)  # protobuf holds no more
-    channel = [("grpc.max_receive_message_length", most), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
-    server = grpc.aio.server(interceptors=(guard,), options=channel)
-    add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    address = f"{_in_url(options.host)}:{options.grpc_port}"
-    try:
-        port = _listen(server, address, options.tls)
-    except RuntimeError as error:
-        raise InputError(f"{address} cannot be listened on; choose another --grpc-port or --host") from error
-    await server.start()
-    return server, port
-
-
-def _listen(server: Any, address: str, tls: tuple[Path, Path] | None) -> int:
-    import grpc
-
-    if tls is None:
-        return int(server.add_insecure_port(address))
-    certificate, key = (file.read_bytes() for file in tls)
-    return int(server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)])))
+    connections = Connections(guard, most, options.max_connections_per_peer, options.deadline_s)
+    return rest_server(app, connections, options.grace_s, options.tls)
 
 
 def _in_url(host: str) -> str:

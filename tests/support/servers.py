@@ -81,7 +81,7 @@ def held(log: Path) -> tuple[str, ...]:
     """`bca serve` with a model that ends no call while the server is held; for :func:`bca_serve`, with the same log."""
     code = f"""
 import os, time
-from bca_deploy.serving import server as serve
+from bca_deploy.serving import grpc_server as serve
 from bca_deploy.session.session import Session
 serve.READING_S = 5.0  # clients on a busy machine are slow to read
 run_prepared = Session.run_prepared

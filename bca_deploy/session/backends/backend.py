@@ -26,6 +26,9 @@ Name = Literal["tensorrt", "rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "o
 #: for minutes when it is opened, so it comes after its CUDA provider.
 NAMES: tuple[Name, ...] = get_args(Name)
 
+#: More than any machine has cores; onnxruntime tries to start as many as it is told, and the process hangs.
+MOST_THREADS = 1024
+
 
 class Backend(Protocol):
     """Runs checked inputs. Any number of threads may call it at once.
@@ -60,6 +63,9 @@ class Backend(Protocol):
     def warm(self, inputs: Arrays) -> None:
         """Run once wherever a later call may run."""
 
+    def trim(self, inputs: Arrays) -> None:
+        """Let go of memory that is kept for later calls as large as earlier ones, if by running these small ones."""
+
     def close(self) -> None:
         """Free what it holds; calls that are under way end as they would have."""
 
@@ -83,8 +89,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.precision is not None:
             check_one_of("precision", self.precision, PRECISIONS)
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads is {self.threads}; it must be at least 1, or None for every core")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise InputError(
+                f"threads is {self.threads}; it must be at least 1 and at most {MOST_THREADS}, or None for every core"
+            )
         if self.contexts < 1:
             raise InputError(f"contexts is {self.contexts}; it must be at least 1")
         if self.cuda_graphs < 0:

@@ -111,6 +111,9 @@ class EngineBackend:
         """Run once in every context."""
         self._open().warm(inputs)
 
+    def trim(self, inputs: Arrays) -> None:
+        """Keep everything: the lanes are few, and each has what the largest sizes need."""
+
     def close(self) -> None:
         """Write the runtime cache and let go of the engine; it is freed when the last call is done."""
         with self._lock:
