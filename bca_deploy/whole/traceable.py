@@ -13,7 +13,7 @@ from bca_deploy.layers.lowered_model import DTYPES
 from bca_deploy.signature import Dims
 from bca_deploy.spec import DTYPE_OF, Precision, Runtime
 from bca_deploy.tracing.graph import Traceable, simplify, trace_module
-from bca_deploy.tracing.half import round_outputs, widen
+from bca_deploy.tracing.half import keep_logarithms, round_outputs, widen
 from bca_deploy.tracing.program import Program
 from bca_deploy.whole.draws import Draws
 from bca_deploy.whole.find import Found
@@ -57,6 +57,7 @@ class Subject:
             root(**{name: t.clone() for name, t in traceable.inputs.items()})
         swapped.check_called()
         program, traced = trace_module(replace(traceable, outputs=(*self.outputs, *swapped.taps.tensors)), opset)
+        _refuse_random_nodes(traced)
         return traced, program
 
     @property
@@ -74,11 +75,10 @@ def graph_of(traced: ir.Model, precision: Precision, runtime: Runtime, opset: in
     """Turn a trace, in place, into the graph that is written; arguments as it was traced with.
 
     Raises:
-        InputError: it draws random numbers.
         ExportError: as for :func:`bca_deploy.tracing.graph.simplify`.
     """
     graph = simplify(traced, opset, runtime=runtime)
-    _refuse_random_nodes(graph)
+    keep_logarithms(graph)
     if precision != "fp32":
         widen(graph)
         if not keep_io_types:
