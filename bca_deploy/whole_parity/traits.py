@@ -51,8 +51,9 @@ class Laboratory:
         """Return what a signature says and the model, with other weights than it was found out with, no longer does."""
         batch = [] if signature.batch is None or self._apart(signature.batch, signature) else [signature.batch]
         found = [f"entries of {dim} know of each other" for dim in batch]
-        shown = [dim for dim in signature.masks if not self._hides(dim, signature.masks, signature)]
-        return [*found, *(f"{signature.masks[dim]} no longer hides the padding of {dim}" for dim in shown)]
+        hidden = self._masks(signature)
+        shown = {dim: mask for dim, mask in signature.masks.items() if dim not in hidden}
+        return [*found, *(f"{mask} no longer hides the padding of {dim}" for dim, mask in shown.items())]
 
     def _batch(self, signature: Signature) -> str | None:
         """Return the dimension whose entries do not know of each other: each alone gives the same as in the batch."""

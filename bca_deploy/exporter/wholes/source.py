@@ -172,7 +172,7 @@ def drawn_cases(draws: Draws, signature: Signature) -> list[Case]:
 
 def trace_path(model: Path) -> Path:
     """Return where the trace of a model of a bundle is."""
-    return model.parent.parent / TRACES / model.name
+    return model.parent.parent / TRACES / f"{model.stem}.trace"
 
 
 def samples_of(bundle: Bundle) -> list[Arrays]:

@@ -75,9 +75,8 @@ class TraceSource(WholeSource):
         return next((model.lowering for model in self.models if model.runtime == runtime), self.models[0].lowering)
 
     def _forms_for(self, runtime: Runtime) -> dict[str, Lowering]:
-        """Return the form of each layer: as for every runtime, but where one was chosen."""
-        chosen = {each.path: each.use.on_cpu if runtime == "onnxruntime-cpu" else None for each in self.weights.layers}
-        return {layer.path: chosen[layer.path] or layer.lowering for layer in self.layers}
+        """Return the form of each layer in the graphs for one runtime."""
+        return {each.path: each.lowering(runtime) for each in self.weights.layers}
 
     @property
     def has_choice(self) -> bool:

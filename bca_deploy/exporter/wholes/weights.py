@@ -15,7 +15,7 @@ from bca_deploy.errors import CheckpointError
 from bca_deploy.layers.checkpoint import Checkpoint, from_module
 from bca_deploy.layers.lowered_model import DTYPES
 from bca_deploy.layers.stored.weight_files import State
-from bca_deploy.spec import LayerSpec, Precision, Runtime
+from bca_deploy.spec import LayerSpec, Lowering, Precision, Runtime
 from bca_deploy.tracing.hollow import bytes_of, keys_of
 from bca_deploy.whole.find import Found
 from bca_deploy.whole.samples import Sample, named_outputs
@@ -48,11 +48,18 @@ class LayerWeights:
         """In front of the names of its weights in the model to be traced."""
         return f"{self.path}.{_STAND_IN}" if self.path else _STAND_IN
 
+    def lowering(self, runtime: Runtime) -> Lowering:
+        """Return the form that it takes in a graph for a runtime."""
+        return self.use.lowering(self._found({}), runtime)
+
+    def _found(self, weights: State) -> Found:
+        """Return it as a layer of the model, which is neither called nor proven again."""
+        return Found(self.path, Checkpoint(self.spec, weights), cast(Any, None), cast(Any, None))
+
     def graph_state(self, state: State, precision: Precision, runtime: Runtime) -> State:
         """Return the weights as a graph holds them, under the names that they have in the model to be traced."""
-        checkpoint = Checkpoint(self.spec, {name: state[key] for name, key in self.names.items()})
-        found = Found(self.path, checkpoint, cast(Any, None), cast(Any, None))  # neither called nor proven again
-        inside = lowered_form(found, self.use, precision, runtime).state_dict()
+        weights = {name: state[key] for name, key in self.names.items()}
+        inside = lowered_form(self._found(weights), self.use, precision, runtime).state_dict()
         return {f"{self.start}{name}": tensor for name, tensor in inside.items()}
 
 
