@@ -92,8 +92,6 @@ def test_what_both_sides_share_is_one_tensor() -> None:
     _, made = swapped("no mask")
     state = made.model.state_dict(keep_vars=True)
     weights = [t for name, t in state.items() if any(part in name for part in ("_qk", "_v", "_out"))]
-        t for name, t in made.model.state_dict(keep_vars=True).items() if "_qk" in name or "_v" in name or "_out" in name
-    ]
     assert len(weights) == 2 * 12  # of two blocks: six layers' weights and biases by name
     assert len({id(t) for t in weights}) == 2 * 6
 
