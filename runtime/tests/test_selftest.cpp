@@ -15,10 +15,10 @@ bca::Tensor one(bca::DType dtype, double value) {
   return made;
 }
 
-std::vector<std::string> judged(double got, double bound) {
+std::vector<std::string> judged(double got, double bound, double truth = 4) {
   bca::selftest::Arrays arrays;
   arrays.emplace("fp32/case/input/x", one(bca::DType::Float32, 2));
-  arrays.emplace("fp32/case/output/out", one(bca::DType::Float64, 4));
+  arrays.emplace("fp32/case/output/out", one(bca::DType::Float64, truth));
   arrays.emplace("fp32/case/bound/out", one(bca::DType::Float64, bound));
   return bca::selftest::failures(arrays, "fp32", [&](const bca::Inputs& inputs) {
     EXPECT_EQ(inputs.size(), 1u);
@@ -42,6 +42,12 @@ TEST(Selftest, NaNAndAMissingOutputNeverPass) {
   arrays.emplace("fp32/case/output/out", one(bca::DType::Float64, 4));
   arrays.emplace("fp32/case/bound/out", one(bca::DType::Float64, 1));
   EXPECT_EQ(bca::selftest::failures(arrays, "fp32", [](const bca::Inputs&) { return bca::Outputs(); }).size(), 1u);
+}
+
+TEST(Selftest, WhatIsInfiniteIsTheSameInfinity) {
+  EXPECT_TRUE(judged(-INFINITY, 0.25, -INFINITY).empty());
+  for (const double got : {-1e30, double(INFINITY), double(NAN)}) EXPECT_EQ(judged(got, 0.25, -INFINITY).size(), 1u) << got;
+  EXPECT_EQ(judged(-INFINITY, 1e30).size(), 1u);
 }
 
 using json = nlohmann::ordered_json;
