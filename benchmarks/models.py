@@ -2,10 +2,10 @@
 
 python benchmarks/models.py [--models stack maps] [--only literal] [--json FILE]
 
-Four models that have the layer inside, at full size; tests/support/models.py has their code. Engines are TensorRT-RTX's for
-sm89, fp16 with fp16 edges, without a second stream, up to batch 8 and 2048 tokens a side (45 x 45 for maps); no GPU needed.
-Every export is the first of its process, imports of torch included. Latency is float32's at batch 1, medians of 15 rounds in
-which every file runs in turn, one process for each model and number of threads.
+Four models that have the layer inside, at full size, and LightGlue's block with a mask of pairs; tests/support/ has their code.
+Engines are TensorRT-RTX's for sm89, fp16 with fp16 edges, without a second stream, up to batch 8 and 2048 tokens a side (maps:
+45 x 45); no GPU needed. Every export is the first of its process, imports of torch included. Latency is float32's at batch 1,
+medians of 15 rounds in which every file runs in turn, one process for each model and number of threads.
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 Row = dict[str, Any]
 ROUNDS = 15
-TOKENS, THREADS = (512, 64), (1, 2)
+THREADS = (1, 2)
 #: The files of each way, under the folder it writes to. A session runs the last on the CPU, where there is one.
 FILES = {
     "literal": {"fp32": "fp32.onnx", "fp16": "fp16.onnx"},
@@ -47,19 +47,26 @@ class Goal:
 
     scratch: float
     latency: float
+    tokens: int = 512
 
     def at(self, tokens: int) -> float:
         """Return the share of the time."""
-        return self.latency if tokens == TOKENS[0] else 1.03
+        return self.latency if tokens == self.tokens else 1.03
 
 
-GOALS = {"stack": Goal(0.13, 0.78), "encoders": Goal(0.08, 0.68), "maps": Goal(0.06, 0.42), "policy": Goal(0.09, 0.50)}
+GOALS = {
+    "stack": Goal(0.13, 0.78),
+    "encoders": Goal(0.08, 0.68),
+    "maps": Goal(0.06, 0.42),
+    "policy": Goal(0.09, 0.50),
+    "lightglue": Goal(0.085, 0.50, tokens=2048),
+}
 EXPORT_S = 30.0
 
 
 def kinds() -> dict[str, "Kind"]:
     """Return the models; imported here, for the process that prints needs no torch."""
-    from support import models
+    from support import lightglue_block, models
 
     long = (1, 512, 2048)
     dims = {name: {"batch": (1, 4, 8), **dict.fromkeys(lengths, long)} for name, lengths in LENGTHS.items()}
@@ -69,6 +76,7 @@ def kinds() -> dict[str, "Kind"]:
         models.encoders(dims["encoders"], dim=128, heads=4, depth=2),
         models.maps(dims["maps"], channels=64, heads=4, dim_head=32),
         models.policy(dims["policy"], dim=128, heads=4, dim_head=32),
+        lightglue_block.lightglue(dims["lightglue"], dim=256, heads=4),
     )
     return {kind.name: kind for kind in found}
 
@@ -78,6 +86,7 @@ LENGTHS = {
     "encoders": ("signal_len", "word_len"),
     "maps": ("height", "width"),
     "policy": ("word_len", "frame_len"),
+    "lightglue": ("left_len", "right_len"),
 }
 
 
@@ -168,7 +177,8 @@ def latency(name: str, threads: str, folder: str) -> Row:
     paths = {(way, label): Path(folder) / way / file for way, files in FILES.items() for label, file in files.items()}
     sessions = {key: opened(path, int(threads)) for key, path in paths.items() if key[1].startswith("fp32") and path.exists()}
     labels = [f"{way} {label}" for way, label in sessions]
-    return {str(tokens): dict(zip(labels, medians(kind, list(sessions.values()), tokens), strict=True)) for tokens in TOKENS}
+    lengths = (GOALS[name].tokens, 64)
+    return {str(tokens): dict(zip(labels, medians(kind, list(sessions.values()), tokens), strict=True)) for tokens in lengths}
 
 
 def medians(kind: "Kind", sessions: Sequence[Any], tokens: int) -> list[float]:

