@@ -172,7 +172,7 @@ class Signature:
             at padding.
 
     Raises:
-        InputError: two tensors of one name, a name of more than 255 bytes, a dimension that no input which must be given has, or
+        InputError: two tensors of one name, a name of over 255 bytes, a dimension that no input which must be given has, or
             a mask that is none.
     """
 

@@ -19,11 +19,11 @@ from support.servers import Server
 import bca_deploy
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError
-from bca_deploy.forks import ForkLock, PrivateDirectory
 from bca_deploy.layers.isolation import exporter_alone, one_thread
 from bca_deploy.serving.client import RemoteSession
 from bca_deploy.session.metrics import Meter
 from bca_deploy.session.session import Session
+from bca_deploy.threads import ForkLock, PrivateDirectory
 
 #: Longest that a child may take before it counts as one that hangs.
 HANGS_S = 60

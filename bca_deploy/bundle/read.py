@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from bca_deploy.bundle.manifest import FORMAT, MANIFEST_FILE, FileEntry, Manifest
 from bca_deploy.errors import BundleError, check_one_of
-from bca_deploy.forks import PrivateDirectory
+from bca_deploy.threads import PrivateDirectory
 
 Check = Literal["full", "size", "off"]
 

@@ -138,9 +138,7 @@ class ModelSource(WholeSource):
 def _layer_entry(found: Found, use: Use) -> LayerEntry:
     proof = ProofEntry(cases=found.proof.cases, worst=found.proof.worst)
     form, why = use.lowering(found), use.reason(found)
-    return LayerEntry(
-        path=found.path, spec=found.checkpoint.spec, lowering=form, why=why, calls=use.calls, proof=proof
-    )
+    return LayerEntry(path=found.path, spec=found.checkpoint.spec, lowering=form, why=why, calls=use.calls, proof=proof)
 
 
 #: For each layer of absorbed projections its form in the graphs for engines, and what it was chosen by.

@@ -15,8 +15,7 @@ from typing import cast
 
 import torch
 
-from bca_deploy.forks import ForkLock
-from bca_deploy.threads import on_own_thread
+from bca_deploy.threads import ForkLock, on_own_thread
 
 # The exporter keeps state for the whole process.
 _exporting = ForkLock()

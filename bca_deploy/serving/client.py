@@ -15,11 +15,11 @@ import numpy as np
 
 from bca_deploy import optional
 from bca_deploy.errors import BcaError, InputError, ServerError
-from bca_deploy.forks import Home
 from bca_deploy.serving.protocol import DATATYPE, NUMPY
 from bca_deploy.session import arrays
 from bca_deploy.session.contract import Pair, bind, converted, named_axes, numpy_dtype
 from bca_deploy.signature import DType, Tensor
+from bca_deploy.threads import Home
 
 _LARGEST = 2**31 - 1
 _URL = re.compile(r"(grpcs?)://((?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5}))")

@@ -11,9 +11,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bca_deploy.errors import InputError
-from bca_deploy.forks import ForkLock
 from bca_deploy.session.backends.backend import Backend
 from bca_deploy.session.padding import Sizes, cut, grouped, stacked, together
+from bca_deploy.threads import ForkLock
 
 Array = NDArray[Any]
 #: The checked inputs of one request by name.

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from bca_deploy import optional
-from bca_deploy.forks import ForkLock
+from bca_deploy.threads import ForkLock
 
 #: Upper bounds of the latency histogram in milliseconds, a factor of about two apart; the last bucket is open.
 BOUNDS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)

@@ -17,7 +17,6 @@ from bca_deploy.bundle import selftest
 from bca_deploy.bundle.manifest import SELFTEST_FILE, Manifest
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.errors import BcaError, InputError, ParityError, check_one_of
-from bca_deploy.forks import ForkLock, Home
 from bca_deploy.session import arrays, many
 from bca_deploy.session.backends.backend import Backend, Explanation
 from bca_deploy.session.backends.cuda import DeviceArray
@@ -26,6 +25,7 @@ from bca_deploy.session.many import Prepared
 from bca_deploy.session.metrics import Call, Meter, Metrics, Observer
 from bca_deploy.signature import Dims, Signature, Tensor
 from bca_deploy.spec import left_out
+from bca_deploy.threads import ForkLock, Home
 
 Array = NDArray[Any]
 AnyArray = Array | DeviceArray

@@ -85,7 +85,8 @@ def _tensors(module: nn.Module) -> set[str]:
 
 def _check_plain(path: str, module: nn.Module) -> None:
     if isinstance(module, Piece) and module.obstacle:
-        raise CheckpointError(f"{_shown(path)} {module.obstacle}" + (f"; or keep it as it is: --keep-literal {path}" if path else ""))
+        way_out = f"; or keep it as it is: --keep-literal {path}" if path else ""
+        raise CheckpointError(f"{_shown(path)} {module.obstacle}{way_out}")
     has = _tensors(module)
     for name in (family_of(module) or FAMILIES["seed"]).projections:
         if hasattr(module, name) and f"{name}.weight" not in has:  # a transformer has them further inside

@@ -157,8 +157,8 @@ class Yardstick:
             reached = call.largest_logit(self._layers[call.path])
             if reached > _FLOAT16_MAX:
                 raise InputError(
-                    f"precision fp16: the logits of {call.path or 'the layer'} reach {reached:.3g} in {name}, and float16 ends at "
-                    f"{_FLOAT16_MAX:g}; take bf16 or fp32"
+                    f"precision fp16: the logits of {call.path or 'the layer'} reach {reached:.3g} in {name}, and float16 ends "
+                    f"at {_FLOAT16_MAX:g}; take bf16 or fp32"
                 )
 
     def weight_rounding(self) -> float:

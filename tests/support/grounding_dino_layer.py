@@ -12,12 +12,12 @@ DIM, HEADS = 32, 4
 PROJECTIONS = ("vision_proj", "text_proj", "values_vision_proj", "values_text_proj", "out_vision_proj", "out_text_proj")
 
 
-def fusion_layer(dim: int = DIM, heads: int = HEADS, mm: bool = False) -> nn.Module:
-    """Return a layer of random weights, biases and gammas among them; heads are as wide as half of ``dim``."""
+def fusion_layer(dim: int = DIM, heads: int = HEADS, mm: bool = False, wide: int = 4) -> nn.Module:
+    """Return a layer of random weights, biases and gammas among them; all heads together are ``wide / 2`` times ``dim``."""
     torch.manual_seed(0)
     options: dict[str, Any] = {
         "d_model": dim,
-        "encoder_ffn_dim": dim * heads,
+        "encoder_ffn_dim": dim * wide,
         "encoder_attention_heads": 2 * heads,
     }
     layer = (

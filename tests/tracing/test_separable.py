@@ -18,7 +18,7 @@ def outer(one: Tensor, other: Tensor) -> Tensor:
 
 
 FORMS = {
-    "pairs": lambda one, other: outer(one, other),
+    "pairs": outer,
     "with heads": lambda one, other: outer(one, other)[:, None],
     "columns first": lambda one, other: outer(other, one).transpose(1, 2).transpose(1, 2).transpose(1, 2),
     "logical": lambda one, other: torch.logical_and(one[:, :, None], other[:, None, :]),

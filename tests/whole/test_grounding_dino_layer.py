@@ -93,7 +93,7 @@ class Graphs:
         bundle = bca_deploy.export(model, folder / "bundle", inputs=pair, **options)
         self.literal = strict_runner(onnx.load(folder / "literal.onnx"))
         self.ours = strict_runner(onnx.load(bundle.path("models/fp16.onnx")))
-        self.exact = copy.deepcopy(model).double()
+        self.exact = copy.deepcopy(model).half().double()  # of the weights that both graphs hold
 
     def errors(self, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return the RMS error of the image's output, as a share of its own RMS, of either graph."""

@@ -64,9 +64,7 @@ def least_memory(
     return chosen
 
 
-def _chosen(
-    checkpoint: Checkpoint, place: Place, precision: Precision, table: EngineTable, opset: int
-) -> tuple[Lowering, str]:
+def _chosen(checkpoint: Checkpoint, place: Place, precision: Precision, table: EngineTable, opset: int) -> tuple[Lowering, str]:
     needs = {form: _scratch(checkpoint, form, place, precision, table, opset) for form in get_args(AbsorbedForm)}
     listed = ", ".join(f"{form} {size / 1e6:.1f}" for form, size in needs.items())
     at = f"{place.batch}x{place.x_len}x{place.context_len}"

@@ -12,13 +12,13 @@ from bca_deploy.engines import libraries, usable
 from bca_deploy.engines.gpus import query
 from bca_deploy.engines.profiles import shapes
 from bca_deploy.errors import EngineError
-from bca_deploy.forks import ForkLock
 from bca_deploy.session.backends.backend import Arrays, Name, Options
 from bca_deploy.session.backends.cuda import Gpu, failing_as, open_gpu
 from bca_deploy.session.backends.engine_lane import Lane
 from bca_deploy.session.backends.loaded_engine import EngineOptions, LoadedEngine, load_engine
 from bca_deploy.signature import Signature
 from bca_deploy.spec import EngineLibrary
+from bca_deploy.threads import ForkLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,13 +12,12 @@ from bca_deploy.bundle.manifest import ModelEntry, signature_of
 from bca_deploy.bundle.read import Bundle
 from bca_deploy.engines.profiles import shapes
 from bca_deploy.errors import BcaError, BundleError, EngineError, first_line
-from bca_deploy.forks import ForkLock
 from bca_deploy.optional import onnxruntime
 from bca_deploy.session.backends.backend import Arrays, Name, Options
 from bca_deploy.session.backends.cuda import DeviceArray, Gpu, open_gpu
 from bca_deploy.session.backends.denormals import Flushed
 from bca_deploy.signature import Dims, Signature
-from bca_deploy.threads import on_own_thread
+from bca_deploy.threads import ForkLock, on_own_thread
 
 Array = NDArray[Any]
 
