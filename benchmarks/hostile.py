@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -270,7 +270,7 @@ def main() -> None:
     print(f"RSS in MB: {found.rss_mb}; log {log_mb:.1f} MB")
     print("\n".join(faults) or "nothing is wrong")
     if options.json:
-        options.json.write_text(json.dumps(asdict(found) | {"log_mb": log_mb, "faults": faults}, indent=1) + "\n")
+        options.json.write_text(json.dumps(vars(found) | {"log_mb": log_mb, "faults": faults}, indent=1) + "\n")
     sys.exit(bool(faults))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,10 @@ class GrpcGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has n
         """Return a handler that lets one call through, or not."""
         found = await continuation(details)
         call = _Call(self, details, found)
-        if found is not None and found.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(call.stream, None, found.response_serializer)
-        # A handler of streams, whatever the client takes it for: the others are given the message before they are asked.
-        return grpc.stream_unary_rpc_method_handler(call.answer, None, found and found.response_serializer)
+        # Handlers of streams, whatever the client takes them for: the others are given the message before they are asked.
+        if found is None or found.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(call.stream, None, found and found.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(call.answer, None, found.response_serializer)
 
     def stop(self) -> None:
         """Refuse new calls, and end the streams."""
@@ -144,17 +144,26 @@ class _Call:
 
     async def stream(self, _: Any, context: Any) -> None:
         """Write the answers; ends with the server."""
-        task, status = asyncio.current_task(), grpc.StatusCode.CANCELLED
-        if task is not None:
-            self._shared.streams.add(task)
-            task.add_done_callback(self._shared.streams.discard)
+        status = grpc.StatusCode.CANCELLED
         try:
-            await self._answers(self._place(context), context)
+            await self._while_serving(self._answers(self._place(context), context))
             status = grpc.StatusCode.OK
         except Exception as error:
             status = _refused(context, error)
         finally:
             self._log(context, status)
+
+    async def _while_serving(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work until the server stops; gRPC would wait for a call whose own task is ended."""
+        task = asyncio.create_task(work)
+        self._shared.streams.add(task)
+        task.add_done_callback(self._shared.streams.discard)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if self._shared.stopping:
+                raise StoppingError from None
+            raise
 
     async def _answers(self, place: Place, context: Any) -> None:
         if self._found.unary_stream:

@@ -82,6 +82,19 @@ def test_json_data_may_be_flat_or_nested(data: list[Any]) -> None:
     assert got.dtype == np.float32
 
 
+@pytest.mark.parametrize("shape", [(2, 12), (12, 2), (1, 12, 2), (24, 1), (1, 24), (1, 2, 12, 1)])
+def test_json_data_nested_against_the_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"input x: data is nested as \[.*\], and its shape is \[1, 2, 12\]; give a flat"):
+        rest({"name": "x", "datatype": "FP32", "shape": [1, 2, 12], "data": X.reshape(shape).tolist()})
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "BOOL", "INT64"])
+@pytest.mark.parametrize("data", [[1, True], [[0.5], [False]], [True, 0]], ids=str)
+def test_true_among_numbers_is_refused(datatype: str, data: list[Any]) -> None:
+    with pytest.raises(InputError, match="input x: its data hold numbers and true or false; give one kind alone"):
+        rest({"name": "x", "datatype": datatype, "shape": [2], "data": data})
+
+
 def test_what_a_client_asks_for_is_kept() -> None:
     outputs = [{"name": "out", "parameters": {"binary_data": False}}, {"name": "context_out"}]
     got = rest(
