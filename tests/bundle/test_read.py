@@ -475,7 +475,7 @@ assert not {"torch", "onnx"} & set(sys.modules)
 def test_the_public_names_mean_the_same_whatever_was_imported() -> None:
     # A module of a public name's own name would take its place as soon as anything imported it.
     # Not these: one runs inside Triton, and KServe's messages have the names of tritonclient's, which are here already.
-    elsewhere = {"triton_front", "endpoints", "guards"}
+    elsewhere = {"triton_front", "endpoints", "guards", "grpc_server", "rest_server"}
     for module in pkgutil.walk_packages(bca_deploy.__path__, "bca_deploy."):
         if module.name.rpartition(".")[2] not in elsewhere:
             importlib.import_module(module.name)
@@ -656,7 +656,7 @@ def test_another_export_of_the_same_input_is_the_same_bundle(exported: Bundle, t
     environment = os.environ | {"PYTHONHASHSEED": "77"}
     done = subprocess.run(command.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert_same_bundle(exported.directory, tmp_path / "another/place/again")
+    assert_same_bundle(exported.directory, tmp_path / "another/place/again", proven_alike=False)
     # A real process: nothing but the JSON on standard output, no library's noise on standard error.
     assert json.loads(done.stdout)["passed"] is True
     stages = ["weights", "trace fp32", "parity fp32", "trace fp16", "parity fp16"]

@@ -74,7 +74,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     before = functions()
     codes = {name: each.__code__ for name, each in before.items()}
     out = tmp_path_factory.mktemp("detector") / "bundle"
-    with bca_deploy.export(grounding_dino(), out, inputs=SAMPLES, dims=DIMS, allow_none=True, **TOLD) as made:
+    with bca_deploy.export(grounding_dino(), out, inputs=SAMPLES, dims=DIMS, **TOLD) as made:
         assert_untouched(before, codes)
         yield made
 
@@ -86,6 +86,7 @@ def test_the_whole_detector_is_one_graph_of_opset_17(bundle: Bundle) -> None:
     proto = onnx.load(bundle.path(model.file))
     assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 17}
     onnx.checker.check_model(proto, full_check=True)
+    assert {layer.spec.family for layer in bundle.manifest.layers} == {"grounding-dino"}
     signature = bundle.manifest.signature
     assert {tensor.name: tensor.axes for tensor in signature.inputs} == {
         "pixel_values": ("batch", 3, IMAGE, IMAGE),
@@ -123,5 +124,5 @@ def test_a_text_that_the_model_would_cut_is_refused_and_the_lengths_that_work_ar
     dims = {**DIMS, "input_ids_len": (1, 9, 300)}
     said = rf"input_ids_len 257 to 300: the model branches on .* declare `--dim input_ids_len=1:9:{LONGEST}`"
     with pytest.raises(ExportError, match=said):
-        bca_deploy.export(grounding_dino(), tmp_path / "out", inputs=SAMPLES, dims=dims, allow_none=True, **TOLD)
+        bca_deploy.export(grounding_dino(), tmp_path / "out", inputs=SAMPLES, dims=dims, **TOLD)
     assert not (tmp_path / "out").exists()

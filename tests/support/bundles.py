@@ -20,13 +20,21 @@ def files_of(directory: Path) -> dict[str, bytes]:
 MEASURED = {"expect.npz", "parity.json", "selftest.npz"}
 
 
-def assert_same_bundle(one: Path, other: Path) -> None:
-    """Hold two bundles of the same weights to be the same, to the byte but for times, engines and what was measured."""
+def assert_same_bundle(one: Path, other: Path, proven_alike: bool = True) -> None:
+    """Hold two bundles of the same weights to be the same, to the byte but for times, engines and what was measured.
+
+    Args:
+        one: a bundle.
+        other: another.
+        proven_alike: the same was there to prove both: a live module, a sample, or nothing.
+    """
     first, again = files_of(one), files_of(other)
     assert set(first) == set(again)
     changing = MEASURED | {"build.json", "manifest.json"} | {name for name in first if name.startswith("engines/")}
     assert [name for name in first if first[name] != again[name] and name not in changing] == []
-    assert plain(one) == plain(other)
+    manifests = plain(one), plain(other)
+    assert (manifests[0].pop("trust") == manifests[1].pop("trust")) == proven_alike
+    assert manifests[0] == manifests[1]
     for name in ("selftest.npz", "expect.npz"):
         with np.load(one / name) as wanted, np.load(other / name) as got:
             assert set(got) == set(wanted)
