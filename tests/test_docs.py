@@ -101,15 +101,12 @@ def test_the_code_map_says_what_the_modules_say(monkeypatch: pytest.MonkeyPatch)
     assert shown.count("\n| `") == len(rooms)
 
 
-def test_the_chart_shows_the_figures_of_the_table(tmp_path: Path) -> None:
-    import chart
-
-    chart.draw(chart.read_row(page("docs/benchmarks.md"), chart.SHAPE), tmp_path / "latency.svg")
-    texts = [
-        re.findall(r"<text[^>]*>([^<]*)<", svg.read_text()) for svg in (tmp_path / "latency.svg", ROOT / "docs/latency.svg")
-    ]
-    assert texts[0] == texts[1], "run python benchmarks/chart.py"
-    assert "session" in texts[0]
+def test_the_chart_shows_the_figures_of_the_table() -> None:
+    row = next(line for line in page("docs/benchmarks.md").splitlines() if line.startswith("| 1 x 512 x 512 |"))
+    figures = {cell.strip() for cell in row.strip("|").split("|")[1:]}
+    shown = set(re.findall(r"<text[^>]*>([^<]*)<", (ROOT / "docs/latency.svg").read_text(encoding="utf-8")))
+    assert figures <= shown, "draw the picture from the run that the table is of: benchmarks/chart.py"
+    assert "session" in shown
 
 
 def test_the_manifest_table_names_every_field() -> None:
