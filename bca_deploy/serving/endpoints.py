@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from bca_deploy import __version__
 from bca_deploy.serving import protocol, protocol_rest
-from bca_deploy.serving.flight import Place
+from bca_deploy.serving.flight import Place, end_now
 from bca_deploy.serving.queue import Batcher
 from bca_deploy.session.session import Session
 
@@ -135,7 +135,7 @@ class Endpoints(V2Endpoints):  # type: ignore[misc]
         place: Place = request.scope["place"]
         try:
             async with asyncio.timeout(self._deadline_s) as limit:
-                with place.arriving(lambda: limit.reschedule(0)):
+                with place.arriving(lambda: end_now(limit)):
                     body = await self._body(request, place)
         except TimeoutError:
             place.check(0)  # it may have been ended for others

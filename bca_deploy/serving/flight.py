@@ -1,8 +1,10 @@
-"""What is under way on a server at once, in requests and in bytes: bounded, and what comes on top is refused."""
+"""What is under way on a server at once, in requests, bytes and messages that arrive: bounded, what is over is refused."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from bca_deploy.errors import BcaError
 
@@ -116,3 +118,53 @@ class Place:
             self._left = True
             self._flight.requests -= 1
             self._flight.bytes -= self._bytes
+
+
+class Arrivals:
+    """How many messages may be on their way at once: how large one is shows when it is here, and not before.
+
+    One that takes long goes on for as long as no other waits.
+
+    Args:
+        most: messages.
+        limit_s: for one to begin, and for it to arrive.
+        patience_s: after which one on its way gives place to another.
+    """
+
+    def __init__(self, most: int, limit_s: float, patience_s: float) -> None:
+        self._most, self._limit_s, self._patience_s = most, limit_s, patience_s
+        self._now: dict[asyncio.Timeout, None] = {}
+        self._freed = asyncio.Event()
+
+    async def one(self, read: Callable[[], Awaitable[Any]]) -> Any:
+        """Return what is read, one message or its like.
+
+        Raises:
+            TimeoutError: it did not come in time.
+        """
+        async with asyncio.timeout(self._limit_s):
+            while len(self._now) >= self._most:
+                await self._one_ends()
+        async with asyncio.timeout(self._limit_s) as limit:
+            self._now[limit] = None
+            try:
+                return await read()
+            finally:
+                self._now.pop(limit, None)
+                self._freed.set()
+
+    async def _one_ends(self) -> None:
+        self._freed.clear()
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._freed.wait()
+        except TimeoutError:
+            for longest in list(self._now)[:1]:
+                del self._now[longest]
+                end_now(longest)
+
+
+def end_now(limit: asyncio.Timeout) -> None:
+    """End the wait that a limit is set to, unless it ends just now by itself."""
+    if not limit.expired():
+        limit.reschedule(0)

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
 from bca_deploy.errors import InputError
-from bca_deploy.serving.flight import Flight, Place
+from bca_deploy.serving.flight import Arrivals, Flight, Place
 from bca_deploy.serving.guards import OTHER, Guard, NotFoundError, StoppingError, verdict
 
 SERVICE = "inference.GRPCInferenceService"
@@ -33,49 +33,6 @@ _CHANNEL = [
     ("grpc.server_handshake_timeout_ms", 10_000),  # else a silent connection stays for two minutes
     ("grpc.max_connection_idle_ms", 300_000),  # clients connect again by themselves
 ]
-
-
-class Arrivals:
-    """How many messages may be on their way at once: how large one is shows when it is here, and not before.
-
-    One that takes long goes on for as long as no other waits.
-
-    Args:
-        most: messages.
-        limit_s: for one to begin, and for it to arrive.
-        patience_s: after which one on its way gives place to another.
-    """
-
-    def __init__(self, most: int, limit_s: float, patience_s: float) -> None:
-        self._most, self._limit_s, self._patience_s = most, limit_s, patience_s
-        self._now: dict[asyncio.Timeout, None] = {}
-        self._freed = asyncio.Event()
-
-    async def read(self, context: Any) -> Any:
-        """Return the next message's bytes, or gRPC's EOF.
-
-        Raises:
-            TimeoutError: it did not come in time.
-        """
-        async with asyncio.timeout(self._limit_s):
-            while len(self._now) >= self._most:
-                await self._one_ends()
-        async with asyncio.timeout(self._limit_s) as limit:
-            self._now[limit] = None
-            try:
-                return await context.read()
-            finally:
-                del self._now[limit]
-                self._freed.set()
-
-    async def _one_ends(self) -> None:
-        self._freed.clear()
-        try:
-            async with asyncio.timeout(self._patience_s):
-                await self._freed.wait()
-        except TimeoutError:
-            for longest in list(self._now)[:1]:
-                longest.reschedule(0)
 
 
 class GrpcGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -209,7 +166,7 @@ class _Call:
 
     async def _read(self, context: Any, place: Place, small: bool) -> Any:
         place.check(1)  # before it comes
-        raw = await (self._shared.small if small else self._shared.large).read(context)
+        raw = await (self._shared.small if small else self._shared.large).one(context.read)
         if raw is grpc.aio.EOF:
             return raw
         if small and len(raw) > _SMALL:

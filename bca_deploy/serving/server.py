@@ -35,7 +35,7 @@ LEAST_IN_FLIGHT_BYTES = 64 * 2**20
 TOKEN_VARIABLE = "BCA_TOKEN"  # noqa: S105  (a name, not a token)
 
 #: Of mallopt, in glibc's malloc.h.
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _log = logging.getLogger("bca_deploy.serving.server")
 
@@ -226,6 +226,7 @@ def _keep_little() -> None:
     with contextlib.suppress(AttributeError):  # not glibc
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, 2**20)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**26)  # smaller blocks go back when it is quiet
         library.mallopt(_M_ARENA_MAX, 2)
 
 

@@ -1,8 +1,10 @@
 """Places and bytes: what is over is refused, and the youngest gives way."""
 
+import asyncio
+
 import pytest
 
-from bca_deploy.serving.flight import BusyError, Flight
+from bca_deploy.serving.flight import Arrivals, BusyError, Flight
 
 
 def test_places_are_counted_and_given_back() -> None:
@@ -53,3 +55,24 @@ def test_where_bytes_run_short_the_youngest_body_on_its_way_is_ended_and_the_old
         old.take(1)
     assert ended == ["young"]
     assert (flight.requests, flight.bytes) == (0, 0)
+
+
+def test_a_message_that_takes_long_gives_place_to_one_that_waits_and_to_no_other() -> None:
+    async def slow() -> str:
+        await asyncio.sleep(3600)
+        return "late"
+
+    async def quick() -> str:
+        return "here"
+
+    async def scene() -> None:
+        arrivals = Arrivals(most=2, limit_s=3600, patience_s=0.01)
+        held = [asyncio.create_task(arrivals.one(slow)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert not any(one.done() for one in held), "nobody waits"
+        assert await asyncio.gather(*(arrivals.one(quick) for _ in range(20))) == ["here"] * 20
+        with pytest.raises(TimeoutError):
+            await held[0]
+        held[1].cancel()
+
+    asyncio.run(scene())

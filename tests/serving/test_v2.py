@@ -97,7 +97,7 @@ def test_head_is_get_without_a_body(served: Server) -> None:
         answer = httpx.head(f"http://{served.http}{path}", timeout=PATIENCE_S)
         assert (answer.status_code, answer.content) == (200, b"")
         assert int(answer.headers["content-length"]) > 0
-    assert served.post("/v2").headers["allow"] == "GET, HEAD"
+    assert sorted(served.post("/v2").headers["allow"].split(", ")) == ["GET", "HEAD"]
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "gzip, identity"])
