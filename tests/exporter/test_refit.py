@@ -175,13 +175,13 @@ def test_a_refitted_bundle_is_the_export_of_the_new_weights(copy: Path, files: P
     refit(copy, files / "new.safetensors", sample=files / "new.npz")
     fresh = tmp_path / "fresh"
     bca_deploy.export(new.module(torch.float32), fresh, precision=("fp32", "fp16")).close()
-    assert_same_bundle(fresh, copy)
+    assert_same_bundle(fresh, copy, proven_alike=False)  # by a live module, and by a sample
 
 
 def test_the_same_weights_again_change_no_model(engined: Path, files: Path, tmp_path: Path) -> None:
     before = Path(shutil.copytree(engined, tmp_path / "before"))
     refit(engined, files / "old.safetensors", sample=files / "old.npz")
-    assert_same_bundle(before, engined)
+    assert_same_bundle(before, engined, proven_alike=False)
 
 
 def test_nothing_is_traced(engined: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -685,7 +685,7 @@ def test_a_closed_session_says_so_and_frees_its_memory(path: Path, gpu: Machine)
     [
         ({"contexts": 0}, "^contexts is 0; it must be at least 1$"),
         ({"cuda_graphs": -1}, "^cuda_graphs is -1; it must be at least 0$"),
-        ({"threads": 0}, "^threads is 0; it must be at least 1, or None for every core$"),
+        ({"threads": 0}, "^threads is 0; it must be at least 1 and at most 1024, or None for every core$"),
     ],
 )
 def test_numbers_out_of_range_are_refused(path: Path, options: dict[str, int], message: str) -> None:
