@@ -247,7 +247,7 @@ def half_softmax(_: Any) -> Any:
         sim = sim if bias is None else sim + bias
         sim = sim if other is None else sim + self._key_mask(other)
         attended = sim.softmax(-1).half().to(self.dtype) @ self.split(v)
-        live = lowered_attention._live_rows(own, other)
+        live = lowered_attention.live_rows(own, other)
         mean = self.split(lowered_attention._mean(v))
         return attended if live is None else torch.where(live, attended, mean)
 
