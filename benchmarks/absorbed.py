@@ -91,22 +91,12 @@ def write(size: Size, precision: str, folder: Path) -> dict[str, Path]:
 
 def scratch_mb(path: Path, size: Size, batch: int) -> float:
     """Compile for this batch and these lengths at most."""
-    from bca_deploy.bundle.engine_options import EngineTable
-    from bca_deploy.engines.builder_process import Request
-    from bca_deploy.engines.compile import compile_engine
+    from models import compiled_mb
 
     at = [(1, 1, 1), (1, size.vision // 2, max(1, size.text // 2)), (batch, size.vision, size.text)]
     shapes = {"vision": [[b, n, 256] for b, n, _ in at], "text": [[b, m, 256] for b, _, m in at]}
     shapes |= {"vision_mask": [[b, n] for b, n, _ in at], "text_mask": [[b, m] for b, _, m in at]}
-    request = Request(
-        module="tensorrt_rtx",
-        onnx=str(path),
-        out=str(path.with_suffix(".engine")),
-        profiles=[shapes],
-        targets=["sm89"],
-        options=EngineTable(library="rtx", aux_streams=0).model_dump(mode="json"),
-    )
-    return round((compile_engine(request, 1800, lambda share: None).log.scratch_bytes or 0) / 1e6, 1)
+    return round(compiled_mb(path, shapes), 1)
 
 
 def memory(size: Size) -> list[Row]:

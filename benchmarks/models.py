@@ -149,17 +149,22 @@ def export(name: str, way: str, folder: str) -> Row:
 
 def scratch_mb(kind: "Kind", onnx: Path) -> float:
     """Compile for the whole range of every dimension; see benchmarks/engines.py."""
+    at = [{name: found[which] for name, found in kind.dims.items()} for which in range(3)]
+    shapes = {name: [[s.get(a, a) for a in given.shape] for s in at] for name, given in kind.inputs.items()}  # type: ignore[arg-type]
+    return compiled_mb(onnx, shapes)
+
+
+def compiled_mb(onnx: Path, shapes: Mapping[str, list[list[int]]]) -> float:
+    """Compile one profile, each input's smallest, optimal and largest shape; return the scratch memory."""
     from bca_deploy.bundle.engine_options import EngineTable
     from bca_deploy.engines.builder_process import Request
     from bca_deploy.engines.compile import compile_engine
 
-    at = [{name: found[which] for name, found in kind.dims.items()} for which in range(3)]
-    shapes = {name: [[s.get(a, a) for a in given.shape] for s in at] for name, given in kind.inputs.items()}  # type: ignore[arg-type]
     request = Request(
         module="tensorrt_rtx",
         onnx=str(onnx),
         out=str(onnx.with_suffix(".engine")),
-        profiles=[shapes],
+        profiles=[dict(shapes)],
         targets=["sm89"],
         options=EngineTable(library="rtx", aux_streams=0).model_dump(mode="json"),
     )
